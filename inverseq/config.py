@@ -1,0 +1,213 @@
+"""The configuration: one tree of frozen dataclasses, validated when built.
+
+Values come from a YAML recipe and dotted ``section.key=value`` overrides, merged by OmegaConf; see ``load_config``.
+The help text of every option is its ``metadata["help"]``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ContrastConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PackingConfig",
+    "PromptsConfig",
+    "SamplingConfig",
+    "iter_options",
+]
+
+
+def option(default, help: str):
+    """A configuration field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, key: str, value, expectation: str) -> None:
+    """Raise ValueError naming the dotted key, its value and what was expected."""
+    if not condition:
+        raise ValueError(f"{key}={value!r}: expected {expectation}")
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, key, value, "one of " + ", ".join(choices))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = option("", "policy's initial model: a Hugging Face directory or hub id")
+    dtype: str = option("auto", "dtype of weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
+    device: str = option("auto", "auto (CUDA when there is one), cpu, cuda")
+    attention: str = option("auto", "auto, varlen (torch's FlashAttention kernels), flash_attn, flex or sdpa")
+    chat_template: str = option("", "file or shipped name (vicuna, zephyr) replacing the tokenizer's template")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    trust_remote_code: bool = option(False, "run model code from the model's repository")
+
+    def __post_init__(self):
+        one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        one_of("model.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("model.attention", self.attention, ("auto", "varlen", "flash_attn", "flex", "sdpa"))
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    kind: str = option("principle", "principle (same weights, two views) or model (same view, two sets of weights)")
+    alpha: float = option(1.4, "α of log π̂ ∝ α log π_w + (1 − α) log π_l; finite, any sign")
+    principle: str = option("default", "principle π_w reads: a shipped name, a text file's path, or empty for none")
+    plain_system: str | None = option(
+        "", "system text of the plain view; empty is an explicit empty system message, null keeps the template's own"
+    )
+    plain_model: str = option("", "π_l of the model contrast (an SFT model); π_w is the initial policy")
+    refresh_every: int = option(0, "replace μ by the policy every so many epochs; 0 is never")
+
+    def __post_init__(self):
+        one_of("contrast.kind", self.kind, ("principle", "model"))
+        require(math.isfinite(self.alpha), "contrast.alpha", self.alpha, "a finite number")
+        require(self.refresh_every >= 0, "contrast.refresh_every", self.refresh_every, "0 or more")
+        if self.kind == "model":
+            require(bool(self.plain_model), "contrast.plain_model", self.plain_model, "a model for contrast.kind=model")
+        else:
+            require(not self.plain_model, "contrast.plain_model", self.plain_model, "nothing unless contrast.kind=model")
+            require(bool(self.principle), "contrast.principle", self.principle, "a principle with contrast.kind=principle")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    path: str = option("bundled", "bundled, a .jsonl/.jsonl.gz file (HH, prompt or messages rows), or hf:NAME[:SPLIT]")
+    max_prompt_tokens: int = option(1024, "longer prompts (plain view) are dropped and counted, never cut")
+    held_out: int = option(32, "prompts set aside for the held-out squared log-ratio")
+    shuffle: bool = option(True, "seeded shuffle of the prompts, a new order each pass")
+
+    def __post_init__(self):
+        require(bool(self.path), "prompts.path", self.path, "bundled, a file or hf:NAME")
+        require(self.max_prompt_tokens > 0, "prompts.max_prompt_tokens", self.max_prompt_tokens, "a positive number")
+        require(self.held_out >= 0, "prompts.held_out", self.held_out, "0 or more")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    backend: str = option("transformers", "transformers (continuous batching on the policy's weights) or replay")
+    max_new_tokens: int = option(1024, "longest response; longer ones are cut and count as truncated")
+    samples_per_epoch: int = option(500, "prompts answered in an epoch")
+    batch_size: int = option(64, "sequences decoded together")
+    replay_path: str = option("", "backend=replay: folder of samples/epoch_NNNN.jsonl of an earlier run")
+
+    def __post_init__(self):
+        one_of("sampling.backend", self.backend, ("transformers", "replay"))
+        for key in ("max_new_tokens", "samples_per_epoch", "batch_size"):
+            require(getattr(self, key) > 0, f"sampling.{key}", getattr(self, key), "a positive number")
+        require(
+            bool(self.replay_path) == (self.backend == "replay"),
+            "sampling.replay_path", self.replay_path, "a folder with backend=replay, nothing otherwise",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    train_tokens: int = option(4096, "token budget of a training pack (micro-batch)")
+    score_tokens: int = option(16384, "token budget of a scoring pack")
+    share_prefix: bool = option(False, "emit a prefix common to all sequences of a pack once")
+
+    def __post_init__(self):
+        require(self.train_tokens > 0, "packing.train_tokens", self.train_tokens, "a positive number")
+        require(self.score_tokens > 0, "packing.score_tokens", self.score_tokens, "a positive number")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = option(1e-6, "peak learning rate")
+    samples_per_step: int = option(16, "samples of one optimizer step over all ranks; the last step may be short")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's betas")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    schedule: str = option("constant", "constant, linear or cosine decay after the warm-up")
+    max_grad_norm: float = option(1.0, "clip the global gradient norm; 0 is no clipping")
+    loss_reduction: str = option("token_mean", "token_mean, sum (the paper's Algorithm 1) or sequence_mean")
+
+    def __post_init__(self):
+        require(math.isfinite(self.lr) and self.lr > 0, "optim.lr", self.lr, "a positive number")
+        require(self.samples_per_step > 0, "optim.samples_per_step", self.samples_per_step, "a positive number")
+        for beta in self.betas:
+            require(0 <= beta < 1, "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "optim.eps", self.eps, "a positive number")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        one_of("optim.schedule", self.schedule, ("constant", "linear", "cosine"))
+        require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or more")
+        one_of("optim.loss_reduction", self.loss_reduction, ("token_mean", "sum", "sequence_mean"))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    kernel_backend: str = option("auto", "backend of the fused operations: auto, torch or triton")
+    workspace_mib: int = option(0, "temporary memory of the fused operations in MiB; 0 is their default")
+
+    def __post_init__(self):
+        one_of("engine.kernel_backend", self.kernel_backend, ("auto", "torch", "triton"))
+        require(self.workspace_mib >= 0, "engine.workspace_mib", self.workspace_mib, "0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    keep_last: int = option(2, "complete checkpoints kept")
+
+    def __post_init__(self):
+        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = option(0, "answer the test prompts at epoch 0 and every so many epochs; 0 is never")
+    prompts: str = option("", "test prompts (as prompts.path); empty takes the held-out prompts")
+    num_prompts: int = option(0, "how many of them; 0 is all")
+
+    def __post_init__(self):
+        require(self.every >= 0, "evaluation.every", self.every, "0 or more")
+        require(self.num_prompts >= 0, "evaluation.num_prompts", self.num_prompts, "0 or more")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    tensorboard: bool = option(True, "write RUN/tensorboard")
+    wandb: bool = option(False, "also log to Weights & Biases (the wandb package must be installed)")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    epochs: int = option(15, "epochs")
+    seed: int = option(0, "seed of every random choice")
+    run_dir: str = option("", "folder of the run")
+
+    def __post_init__(self):
+        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "0 … 2³¹ − 1")
+        require(bool(self.model.path), "model.path", self.model.path, "a model directory or hub id")
+        require(bool(self.run_dir), "run_dir", self.run_dir, "a folder for the run")
+
+
+def iter_options(section=Config, prefix: str = ""):
+    """Yield (dotted key, type, default, help) of every option, in the order of the configuration."""
+    for item in fields(section):
+        nested = item.default_factory if callable(item.default_factory) else None
+        if nested is not None and is_dataclass(nested):
+            yield from iter_options(nested, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item.type, item.default, item.metadata["help"]

@@ -1,0 +1,165 @@
+"""The records handed from stage to stage, in the order data flows.
+
+Prompt → RenderedPrompt → Response → Sample → PackedViews → ScoredSamples → TrainStep → StepMetrics.
+
+Shape legend of the project: B padded batch, L padded length, T packed tokens, S packed sequences, A action
+tokens, D hidden size, V vocabulary. Records hold data and derived sizes only; behaviour lives in the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+__all__ = [
+    "Message",
+    "PackedViews",
+    "Prompt",
+    "RenderedPrompt",
+    "Response",
+    "Sample",
+    "ScoredSamples",
+    "StepMetrics",
+    "TrainStep",
+]
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation to be answered; its last message is a user's."""
+
+    id: str
+    messages: tuple[Message, ...]
+    category: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A prompt as token ids. View v of the sample reads ``prefix_ids[v] + prompt_ids + response_ids``.
+
+    Views are ordered (better, plain); with one view both contrast models and the policy read the same text.
+    ``prompt_ids`` is the longest token suffix common to all views. The policy always reads the last view.
+    """
+
+    prompt: Prompt
+    prefix_ids: tuple[np.ndarray, ...]  # per view [P_v] int32
+    prompt_ids: np.ndarray  # [P] int32
+
+    @property
+    def policy_ids(self) -> np.ndarray:
+        """Token ids that the policy answers, [P_plain + P] int32."""
+        return np.concatenate([self.prefix_ids[-1], self.prompt_ids])
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a sampling engine returned for one prompt, and what it ran with."""
+
+    token_ids: np.ndarray  # [R] int32, the stop token included when one was sampled
+    finish_reason: str  # "stop" or "length"
+    seed: int
+    engine: str
+    engine_version: str
+    weights_step: int  # optimizer steps behind the weights it sampled from
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A rendered prompt and its response: what is scored and trained."""
+
+    rendered: RenderedPrompt
+    response: Response
+
+    @property
+    def num_actions(self) -> int:
+        return len(self.response.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedViews:
+    """Sequences laid end to end without padding, and where their action tokens are.
+
+    Row ``action_index[v, a]`` of the hidden states predicts ``token_ids[a]`` under view v: the token-to-row shift
+    is made here and nowhere else. Actions of one sample are contiguous and in response order.
+    A sequence with ``parent_seq[s] >= 0`` continues that earlier sequence (a shared prefix emitted once): it
+    attends to all of it and its positions start behind it.
+    """
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S + 1] int32
+    max_seqlen: int
+    parent_seq: Tensor  # [S] int32, -1 without a parent; always on the host
+    action_index: Tensor  # [num_views, A] int64
+    token_ids: Tensor  # [A] int64
+    sample_index: Tensor  # [A] int64, position of the action's sample in the packed call
+    seqlens: tuple[int, ...]  # S lengths, on the host
+    is_dummy: bool = False  # True: only keeps ranks in step; its loss weight is zero
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_actions(self) -> int:
+        return self.token_ids.shape[0]
+
+    def to(self, device) -> PackedViews:
+        """The same pack with its device tensors on ``device`` (``parent_seq`` stays on the host)."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "cu_seqlens", "action_index", "token_ids", "sample_index")
+        }
+        return PackedViews(
+            max_seqlen=self.max_seqlen,
+            parent_seq=self.parent_seq,
+            seqlens=self.seqlens,
+            is_dummy=self.is_dummy,
+            **moved,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSamples:
+    """Samples with their regression targets; actions of sample i are rows ``offsets[i]:offsets[i + 1]``."""
+
+    samples: Sequence[Sample]
+    targets: Tensor  # [A] fp32 on the host, log π̂(y_t)
+    plain_logprobs: Tensor  # [A] fp32 on the host, log π_l(y_t)
+    offsets: np.ndarray  # [num_samples + 1] int64
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One optimizer step of one rank: its micro-batches and the denominator of the whole step."""
+
+    packs: Sequence[PackedViews]  # policy view, equal count on all ranks
+    targets: Sequence[Tensor]  # per pack [A] fp32
+    plain_logprobs: Sequence[Tensor]  # per pack [A] fp32
+    loss_weights: Sequence[Tensor]  # per pack [A] fp32
+    denominator: float  # over all ranks and micro-batches
+    num_samples: int
+    index: int  # position within the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one optimizer step reports; sums are over the actions of all ranks."""
+
+    loss: float
+    mean_log_ratio: float  # mean of log π̂ − log π_θ
+    rms_log_ratio: float
+    kl_to_plain: float  # mean of log π_θ − log π_l on sampled tokens
+    grad_norm: float
+    learning_rate: float
+    num_actions: int
+    num_tokens: int
+    pad_waste: float  # share of the token budget that no real token used
+    duration_s: float
+    peak_memory_bytes: int
+    extra: dict[str, float] = field(default_factory=dict)
