@@ -45,7 +45,6 @@ class ModelConfig:
     path: str = option("", "policy's initial model: a Hugging Face directory or hub id")
     dtype: str = option("auto", "dtype of weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     device: str = option("auto", "auto (CUDA when there is one), cpu, cuda")
-    attention: str = option("auto", "auto, varlen (torch's FlashAttention kernels), flash_attn, flex or sdpa")
     chat_template: str = option("", "file or shipped name (vicuna, zephyr) replacing the tokenizer's template")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     trust_remote_code: bool = option(False, "run model code from the model's repository")
@@ -53,7 +52,6 @@ class ModelConfig:
     def __post_init__(self):
         one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         one_of("model.device", self.device, ("auto", "cpu", "cuda"))
-        one_of("model.attention", self.attention, ("auto", "varlen", "flash_attn", "flex", "sdpa"))
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,17 @@ class ContrastConfig:
         "", "system text of the plain view; empty is an explicit empty system message, null keeps the template's own"
     )
     plain_model: str = option("", "π_l of the model contrast (an SFT model); π_w is the initial policy")
-    refresh_every: int = option(0, "replace μ by the policy every so many epochs; 0 is never")
 
     def __post_init__(self):
         one_of("contrast.kind", self.kind, ("principle", "model"))
         require(math.isfinite(self.alpha), "contrast.alpha", self.alpha, "a finite number")
-        require(self.refresh_every >= 0, "contrast.refresh_every", self.refresh_every, "0 or more")
         if self.kind == "model":
             require(bool(self.plain_model), "contrast.plain_model", self.plain_model, "a model for contrast.kind=model")
         else:
-            require(not self.plain_model, "contrast.plain_model", self.plain_model, "nothing unless contrast.kind=model")
-            require(bool(self.principle), "contrast.principle", self.principle, "a principle with contrast.kind=principle")
+            key = "contrast.plain_model"
+            require(not self.plain_model, key, self.plain_model, "nothing with contrast.kind=principle")
+            key = "contrast.principle"
+            require(bool(self.principle), key, self.principle, "a principle with contrast.kind=principle")
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,13 @@ class EngineConfig:
     def __post_init__(self):
         one_of("engine.kernel_backend", self.kernel_backend, ("auto", "torch", "triton"))
         require(self.workspace_mib >= 0, "engine.workspace_mib", self.workspace_mib, "0 or more")
+
+    def kernel_options(self) -> dict[str, str | int | None]:
+        """The keywords that the fused operations take from the configuration."""
+        return {
+            "backend": None if self.kernel_backend == "auto" else self.kernel_backend,
+            "workspace_bytes": self.workspace_mib * 2**20 or None,
+        }
 
 
 @dataclass(frozen=True)

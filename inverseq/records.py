@@ -9,9 +9,10 @@ tokens, D hidden size, V vocabulary. Records hold data and derived sizes only; b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -109,6 +110,12 @@ class PackedViews:
     def num_actions(self) -> int:
         return self.token_ids.shape[0]
 
+    def action_rows(self, offsets: np.ndarray) -> Tensor:
+        """Where the pack's actions stand when sample i's actions are rows ``offsets[i]:offsets[i + 1]``, [A] int64."""
+        samples, counts = torch.unique_consecutive(self.sample_index.cpu(), return_counts=True)
+        first_row = torch.from_numpy(offsets)[samples] - (counts.cumsum(0) - counts)
+        return first_row.repeat_interleave(counts) + torch.arange(self.num_actions)
+
     def to(self, device) -> PackedViews:
         """The same pack with its device tensors on ``device`` (``parent_seq`` stays on the host)."""
         moved = {
@@ -143,23 +150,21 @@ class TrainStep:
     plain_logprobs: Sequence[Tensor]  # per pack [A] fp32
     loss_weights: Sequence[Tensor]  # per pack [A] fp32
     denominator: float  # over all ranks and micro-batches
-    num_samples: int
+    num_samples: int  # over all ranks, as the two counts below
+    num_tokens: int
+    num_actions: int
     index: int  # position within the epoch
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimizer step reports; sums are over the actions of all ranks."""
+    """What one optimizer step reports; means are over its trained action tokens, on all ranks."""
 
     loss: float
     mean_log_ratio: float  # mean of log π̂ − log π_θ
     rms_log_ratio: float
     kl_to_plain: float  # mean of log π_θ − log π_l on sampled tokens
-    grad_norm: float
+    grad_norm: float  # before clipping
     learning_rate: float
-    num_actions: int
-    num_tokens: int
-    pad_waste: float  # share of the token budget that no real token used
     duration_s: float
-    peak_memory_bytes: int
-    extra: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int  # 0 where the device does not count it

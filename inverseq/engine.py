@@ -1,0 +1,156 @@
+"""The engine: turns one ``TrainStep`` into one update of the policy.
+
+``TorchEngine`` is the single-process engine on a CPU or one GPU. Its optimizer state is fp32: bfloat16 weights are
+trained through fp32 master copies, because an update of 1e-6 is far below bfloat16's resolution.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from .config import OptimConfig
+from .records import StepMetrics, TrainStep
+
+__all__ = ["Engine", "NonFiniteError", "TorchEngine", "learning_rate_factor"]
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient is not a finite number; the update was not made."""
+
+
+class Engine(Protocol):
+    """What the trainer needs of an engine. ``policy`` is called as ``policy(pack, targets, weights, denominator)``."""
+
+    policy: nn.Module
+    num_updates: int
+
+    def train_step(self, step: TrainStep) -> StepMetrics: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def learning_rate_factor(update: int, total_updates: int, optim: OptimConfig) -> float:
+    """Learning rate of update number ``update`` (from 0) over the peak: linear warm-up, then the schedule."""
+    if update < optim.warmup_steps:
+        return (update + 1) / (optim.warmup_steps + 1)
+    progress = (update - optim.warmup_steps) / max(1, total_updates - optim.warmup_steps)
+    if optim.schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    if optim.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0
+
+
+class TorchEngine:
+    """AdamW in one process."""
+
+    def __init__(self, policy: nn.Module, optim: OptimConfig, total_updates: int):
+        self.policy = policy
+        self.optim = optim
+        self.num_updates = 0
+        self.weights = [p for p in policy.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.weights]
+        self.optimizer = torch.optim.AdamW(
+            self.masters,
+            lr=optim.lr,
+            betas=tuple(optim.betas),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=self.weights[0].is_cuda or None,
+        )
+        self.scheduler = LambdaLR(self.optimizer, lambda update: learning_rate_factor(update, total_updates, optim))
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
+    def train_step(self, step: TrainStep) -> StepMetrics:
+        """Accumulate the gradients of the step's packs, clip, update.
+
+        Raises NonFiniteError, with the weights untouched, when the loss or the gradient norm is not finite.
+        """
+        started = time.perf_counter()
+        self.policy.train()
+        sums = torch.zeros(5, device=self.device, dtype=torch.float64)
+        for micro_batch in zip(step.packs, step.targets, step.plain_logprobs, step.loss_weights, strict=True):
+            sums += self._accumulate(*micro_batch, step.denominator)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        grad_norm = self._clip()
+        loss, num_actions, ratio, squared_ratio, kl, norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.zero_grad()
+            raise NonFiniteError(f"optimizer step {self.num_updates + 1}: loss {loss}, gradient norm {norm}")
+        self._update()
+        num_actions = max(num_actions, 1.0)
+        return StepMetrics(
+            loss=loss,
+            mean_log_ratio=ratio / num_actions,
+            rms_log_ratio=math.sqrt(squared_ratio / num_actions),
+            kl_to_plain=kl / num_actions,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            duration_s=time.perf_counter() - started,
+            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+        )
+
+    def _accumulate(self, pack, targets, plain_logprobs, loss_weights, denominator) -> Tensor:
+        pack = pack.to(self.device)
+        targets, plain_logprobs, loss_weights = (
+            tensor.to(self.device, non_blocking=True) for tensor in (targets, plain_logprobs, loss_weights)
+        )
+        loss, policy_logprobs = self.policy(pack, targets, loss_weights, denominator)
+        loss.backward()
+        trained = loss_weights > 0
+        ratio = torch.where(trained, targets - policy_logprobs, 0.0)
+        kl = torch.where(trained, policy_logprobs - plain_logprobs, 0.0)
+        return torch.stack([loss.detach().double(), *(x.double().sum() for x in (trained, ratio, ratio**2, kl))])
+
+    def _clip(self) -> Tensor:
+        """Move gradients to the master weights, clip them, and return the norm before clipping."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight:
+                master.grad, weight.grad = weight.grad.float(), None
+        limit = self.optim.max_grad_norm or math.inf
+        return nn.utils.clip_grad_norm_(self.masters, limit)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.scheduler.step()
+        self.zero_grad()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if master is not weight:
+                weight.copy_(master)
+        self.num_updates += 1
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.weights, *self.masters):
+            parameter.grad = None
+
+    def state_dict(self) -> dict:
+        """Optimizer, schedule and, for 16-bit weights, the fp32 master copies."""
+        masters = [m.detach() for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "masters": masters,
+            "num_updates": self.num_updates,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Restore ``state_dict``; the policy's own weights are restored by the checkpoint."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.num_updates = state["num_updates"]
+        masters = [m for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
+        for master, saved in zip(masters, state["masters"], strict=True):
+            master.copy_(saved)

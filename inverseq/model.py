@@ -1,0 +1,147 @@
+"""Causal language models as this project uses them: a backbone over packs, and a head read by the fused operations.
+
+Logits are never formed here: ``action_hidden`` gives the hidden states that predict action tokens, and ``Head``
+carries everything an operation of ``inverseq_kernels`` needs to turn them into log-probabilities.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .attention import ATTENTION_NAME, attention_layout
+from .config import ModelConfig
+from .records import PackedViews
+
+__all__ = [
+    "FrozenPair",
+    "Head",
+    "action_hidden",
+    "check_head",
+    "frozen_copy",
+    "head_of",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device of ``model.device``; ValueError when CUDA is asked for and absent."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.device='cuda': no CUDA device is available; use model.device=cpu")
+    return torch.device(config.device)
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of ``model.dtype``: bfloat16 on CUDA and float32 elsewhere unless said otherwise."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """Load a causal language model with packed attention, in evaluation mode, from safetensors only."""
+    device = resolve_device(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=resolve_dtype(config, device),
+        attn_implementation=ATTENTION_NAME,
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+    )
+    return model.to(device).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A language-model head: logits = softcap·tanh((hidden·weightᵀ + bias)/softcap)/temperature."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    temperature: float
+    num_valid_vocab: int  # columns from here on are padding of the vocabulary
+
+
+def head_of(model: PreTrainedModel, num_valid_vocab: int) -> Head:
+    """The head of a causal language model. The weight is the Parameter itself, so gradients reach it."""
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    temperature = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides by it
+    temperature /= float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies by it
+    return Head(
+        weight=linear.weight,
+        bias=getattr(linear, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        temperature=temperature,
+        num_valid_vocab=min(num_valid_vocab, linear.weight.shape[0]),
+    )
+
+
+def action_hidden(model: PreTrainedModel, pack: PackedViews) -> Tensor:
+    """Hidden states that predict the action tokens under each view of the pack, [num_views, A, D]."""
+    hidden_TD = model.get_decoder()(
+        input_ids=pack.input_ids[None],
+        position_ids=pack.position_ids[None],
+        use_cache=False,
+        layout=attention_layout(pack),
+    ).last_hidden_state[0]
+    num_views, num_actions = pack.action_index.shape
+    return hidden_TD.index_select(0, pack.action_index.flatten()).view(num_views, num_actions, -1)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) -> None:
+    """Compare ``head_of`` with the model's own logits on a small pack.
+
+    Raises ValueError when they differ: an architecture that scales or shifts its logits in a way ``Head`` does not
+    know would otherwise train on wrong log-probabilities without a word.
+    """
+    head = head_of(model, num_valid_vocab)
+    logits_AV = action_hidden(model, pack)[-1].float() @ head.weight.float().T
+    if head.bias is not None:
+        logits_AV += head.bias.float()
+    if head.softcap is not None:
+        logits_AV = head.softcap * torch.tanh(logits_AV / head.softcap)
+    logits_AV /= head.temperature
+    own_TV = model(
+        input_ids=pack.input_ids[None],
+        position_ids=pack.position_ids[None],
+        use_cache=False,
+        layout=attention_layout(pack),
+    ).logits[0]
+    own_AV = own_TV.index_select(0, pack.action_index[-1]).float()
+    scale = own_AV.abs().max().clamp(min=1.0)
+    error = ((logits_AV - own_AV).abs().max() / scale).item()
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    if not error < tolerance:
+        raise ValueError(
+            f"{type(model).__name__}: hidden states times the output embedding differ from the model's own logits by "
+            f"{error:.1e} of their size; this architecture's head is not supported"
+        )
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model that keeps no gradients, in evaluation mode."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+class FrozenPair(nn.Module):
+    """π_w and π_l: one set of weights reading two views (principle contrast), or two sets of weights."""
+
+    def __init__(self, better: PreTrainedModel, plain: PreTrainedModel):
+        super().__init__()
+        self.better = better.requires_grad_(False).eval()
+        self.plain = plain.requires_grad_(False).eval()
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.better is self.plain
