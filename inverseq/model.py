@@ -48,7 +48,11 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
-    """Load a causal language model with packed attention, in evaluation mode, from safetensors only."""
+    """Load a causal language model with packed attention and without dropout, from safetensors only.
+
+    Dropout is off because targets and policy must be the same function of the weights: with it, a policy equal to
+    its target would have a loss.
+    """
     device = resolve_device(config)
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -57,6 +61,13 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         trust_remote_code=config.trust_remote_code,
         use_safetensors=True,
     )
+    if getattr(model.config, "attention_dropout", 0.0):
+        model.config.attention_dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
     return model.to(device).eval()
 
 

@@ -1,0 +1,88 @@
+"""Metric rows: what a step, an epoch and the held-out set report, as flat dictionaries.
+
+Means over an epoch are weighted by action tokens. ``pad_waste`` is the share of the packs' token budget that no
+token used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from .records import PackedViews, ScoredSamples, StepMetrics, TrainStep
+
+__all__ = ["epoch_row", "held_out_row", "response_metrics", "step_row"]
+
+
+def step_row(epoch: int, num_updates: int, step: TrainStep, metrics: StepMetrics, token_budget: int) -> dict:
+    """One optimizer step."""
+    return {
+        "epoch": epoch,
+        "step": num_updates,
+        **asdict(metrics),
+        "num_samples": step.num_samples,
+        "num_actions": step.num_actions,
+        "num_tokens": step.num_tokens,
+        "num_packs": len(step.packs),
+        "pad_waste": 1.0 - step.num_tokens / (len(step.packs) * token_budget),
+        "tokens_per_second": step.num_tokens / metrics.duration_s,
+    }
+
+
+def epoch_row(epoch: int, num_updates: int, steps: Sequence[tuple[TrainStep, StepMetrics]], token_budget: int) -> dict:
+    """An epoch's training, over its steps."""
+    weights = [step.num_actions for step, _ in steps]
+    total = sum(weights)
+
+    def mean(values) -> float:
+        return sum(w * v for w, v in zip(weights, values, strict=True)) / total
+
+    all_metrics = [metrics for _, metrics in steps]
+    num_tokens = sum(step.num_tokens for step, _ in steps)
+    return {
+        "epoch": epoch,
+        "step": num_updates,
+        "loss": mean(m.loss for m in all_metrics),
+        "mean_log_ratio": mean(m.mean_log_ratio for m in all_metrics),
+        "rms_log_ratio": math.sqrt(mean(m.rms_log_ratio**2 for m in all_metrics)),
+        "kl_to_plain": mean(m.kl_to_plain for m in all_metrics),
+        "grad_norm": mean(m.grad_norm for m in all_metrics),
+        "learning_rate": all_metrics[-1].learning_rate,
+        "num_samples": sum(step.num_samples for step, _ in steps),
+        "num_actions": total,
+        "num_tokens": num_tokens,
+        "pad_waste": 1.0 - num_tokens / (sum(len(step.packs) for step, _ in steps) * token_budget),
+        "train_tokens_per_second": num_tokens / sum(m.duration_s for m in all_metrics),
+        "peak_memory_bytes": max(m.peak_memory_bytes for m in all_metrics),
+    }
+
+
+def response_metrics(scored: ScoredSamples) -> dict:
+    """What the sampled responses look like."""
+    samples = scored.samples
+    stopped = sum(sample.response.finish_reason == "stop" for sample in samples)
+    return {
+        "response_length": sum(sample.num_actions for sample in samples) / len(samples),
+        "eos_rate": stopped / len(samples),
+        "truncation_rate": 1.0 - stopped / len(samples),
+        "mean_target_gain": (scored.targets - scored.plain_logprobs).double().mean().item(),
+    }
+
+
+def held_out_row(held_out: ScoredSamples, packs: Sequence[PackedViews], logprobs: Sequence[Tensor]) -> dict:
+    """Mean of (log π̂ − log π_θ)² over the held-out actions, and how far the policy is from π_l on them."""
+    squared, kl = 0.0, 0.0
+    for pack, policy_logprobs in zip(packs, logprobs, strict=True):
+        rows = pack.action_rows(held_out.offsets)
+        squared += (held_out.targets[rows].double() - policy_logprobs.double()).square().sum().item()
+        kl += (policy_logprobs.double() - held_out.plain_logprobs[rows].double()).sum().item()
+    num_actions = int(held_out.offsets[-1])
+    assert num_actions == sum(torch.numel(x) for x in logprobs)
+    return {
+        "held_out/mean_squared_log_ratio": squared / num_actions,
+        "held_out/mean_log_ratio_to_plain": kl / num_actions,
+    }
