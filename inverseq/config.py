@@ -1,6 +1,7 @@
 """The configuration: one tree of frozen dataclasses, validated when built.
 
-Values come from a YAML recipe and dotted ``section.key=value`` overrides, merged by OmegaConf; see ``load_config``.
+Values come from a YAML recipe and dotted ``section.key=value`` overrides; see
+``inverseq.config_loading``.
 The help text of every option is its ``metadata["help"]``.
 """
 
@@ -135,11 +136,11 @@ class OptimConfig:
         require(self.samples_per_step > 0, "optim.samples_per_step", self.samples_per_step, "a positive number")
         for beta in self.betas:
             require(0 <= beta < 1, "optim.betas", self.betas, "two numbers in [0, 1)")
-        require(self.eps > 0, "optim.eps", self.eps, "a positive number")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(0 < self.eps < math.inf, "optim.eps", self.eps, "a positive number")
+        require(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "0 or more")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
         one_of("optim.schedule", self.schedule, ("constant", "linear", "cosine"))
-        require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or more")
+        require(0 <= self.max_grad_norm < math.inf, "optim.max_grad_norm", self.max_grad_norm, "0 or more")
         one_of("optim.loss_reduction", self.loss_reduction, ("token_mean", "sum", "sequence_mean"))
 
 
@@ -197,7 +198,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    epochs: int = option(15, "epochs")
+    epochs: int = option(15, "epochs to train")
     seed: int = option(0, "seed of every random choice")
     run_dir: str = option("", "folder of the run")
 

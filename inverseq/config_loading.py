@@ -1,0 +1,254 @@
+"""From a recipe or YAML file and ``section.key=value`` overrides to a validated ``Config``, and back to YAML.
+
+OmegaConf reads the YAML (duplicate keys are errors, 1e-6 is a number) and resolves ``${section.key}``; this module
+checks keys and types against the dataclasses, so that every mistake is one ValueError naming key, value and what was
+expected. Paths in a configuration are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import Config, iter_options
+
+__all__ = ["config_differences", "load_config", "recipe_names", "recipe_path", "to_yaml"]
+
+RECIPES = Path(__file__).parent / "recipes"
+# Changing these does not change what the rest of a run computes, so a resumed run may have other values.
+RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(recipe_or_file: str | Path) -> Path:
+    """The YAML file of a recipe's name or of a path; ValueError with the nearest recipe when there is neither."""
+    text, path = str(recipe_or_file), Path(recipe_or_file)
+    if text in recipe_names():
+        return RECIPES / f"{text}.yaml"
+    if path.is_dir():
+        raise ValueError(f"--config {text}: is a directory; expected a YAML file or a recipe")
+    if path.exists():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in text:
+        raise ValueError(f"--config {text}: no such file")
+    hint = did_you_mean(text, recipe_names())
+    raise ValueError(f"--config {text}: no such recipe or file{hint} (recipes: {', '.join(recipe_names())})")
+
+
+def load_config(recipe_or_file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a recipe or file with ``section.key=value`` overrides on top.
+
+    Raises ValueError for a file that is missing, not text, not YAML or not a mapping, for unknown keys (naming the
+    nearest), values of the wrong type or out of range, and malformed or repeated overrides.
+    """
+    path = recipe_path(recipe_or_file)
+    tree = read_yaml(path)
+    for key, value in parse_overrides(overrides).items():
+        section, _, leaf = key.rpartition(".")
+        target = tree.setdefault(section, {}) if section else tree
+        target[leaf] = value
+    return build(Config, resolve_interpolations(tree, str(recipe_or_file)))
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that ``load_config`` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(dataclasses.asdict(config))))
+
+
+def config_differences(ours: Config, theirs: Config, ignore: Sequence[str] = RESUMABLE_KEYS) -> list[str]:
+    """``key: our value, their value`` of every option in which two configurations differ."""
+    flat_ours, flat_theirs = flatten(dataclasses.asdict(ours)), flatten(dataclasses.asdict(theirs))
+    return [
+        f"{key}: {value!r} here, {flat_theirs[key]!r} there"
+        for key, value in flat_ours.items()
+        if key not in ignore and value != flat_theirs[key]
+    ]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """``; did you mean …?`` for the nearest known word, or nothing when none is near."""
+    same_leaf = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
+    by_leaf = {key.rpartition(".")[2]: key for key in known}
+    near_leaf = [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], by_leaf, n=1)]
+    near = difflib.get_close_matches(word, known, n=1) or same_leaf or near_leaf
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def option_types() -> dict[str, str]:
+    """Dotted key to type annotation of every option."""
+    return {key: annotation for key, annotation, _, _ in iter_options()}
+
+
+def section_names() -> list[str]:
+    return sorted({key.partition(".")[0] for key in option_types() if "." in key})
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted key to value of ``key=value`` words; values are read by the option's type, text exactly as given."""
+    types, values = option_types(), {}
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{word!r}: expected section.key=value, for example contrast.alpha=1.4")
+        if key in section_names():
+            example = next(name for name in types if name.startswith(f"{key}."))
+            raise ValueError(f"{word!r}: {key} is a section; set one of its keys, for example {example}=…")
+        if key not in types:
+            raise ValueError(f"{word!r}: unknown key {key}{did_you_mean(key, [*types])}")
+        if key in values:
+            raise ValueError(f"{word!r}: {key} is given twice")
+        values[key] = parse_value(text, types[key])
+    return values
+
+
+def parse_value(text: str, annotation: str) -> Any:
+    """An override's value. Text keeps every character, unless it is quoted; null stands for none."""
+    if annotation == "int":
+        return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text
+    if annotation == "float":
+        return text
+    if annotation.startswith("str") and not re.fullmatch(r"""null|~|'.*'|".*\"""", text, flags=re.DOTALL):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The nested dictionary of a YAML file, keys checked."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            raise ValueError(f"{path}: holds no configuration")
+        if not isinstance(root, yaml.MappingNode):
+            kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+            raise ValueError(f"{path}: holds {kind}; expected a mapping of section.key: value")
+        check_keys(root, path)
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}{describe_yaml_error(error)}") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {describe_omegaconf_error(error)}") from None
+    return {key: {} if value is None and key in section_names() else value for key, value in tree.items()}
+
+
+def check_keys(root: yaml.MappingNode, path: Path) -> None:
+    """Raise ValueError with file and line for an unknown key, or for a section that is no mapping."""
+    known, sections = [*option_types()], section_names()
+    for key_node, value_node in root.value:
+        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if key not in sections:
+            if "." in key and key in known:
+                section, _, leaf = key.partition(".")
+                raise ValueError(f"{where}: write {key} as key {leaf} of section {section}")
+            if key not in known:
+                raise ValueError(f"{where}: unknown key {key}{did_you_mean(key, [*sections, *known])}")
+            continue
+        if isinstance(value_node, yaml.ScalarNode) and value_node.value in ("", "null", "~"):
+            continue
+        if not isinstance(value_node, yaml.MappingNode):
+            raise ValueError(f"{where}: {key} is a section; expected a mapping of its keys")
+        for leaf_node, _ in value_node.value:
+            dotted = f"{key}.{leaf_node.value}"
+            if dotted not in known:
+                where = f"{path}:{leaf_node.start_mark.line + 1}"
+                raise ValueError(f"{where}: unknown key {dotted}{did_you_mean(dotted, known)}")
+
+
+def describe_yaml_error(error: yaml.YAMLError) -> str:
+    """``:line: what is wrong`` on one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = f":{mark.line + 1}" if mark is not None else ""
+    return f"{line}: is not YAML: {problem or ' '.join(str(error).split())}"
+
+
+def describe_omegaconf_error(error: OmegaConfBaseException) -> str:
+    key = f"{error.full_key}: " if error.full_key else ""
+    return key + str(error.msg or error).splitlines()[0]
+
+
+def resolve_interpolations(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """Replace ``${section.key}`` and ``${oc.env:NAME}`` by what they stand for."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {describe_omegaconf_error(error)}") from None
+
+
+def escape_interpolations(value: Any) -> Any:
+    r"""The value with ``${`` in its texts written as ``\${`` and backslashes before it doubled."""
+    if isinstance(value, Mapping):
+        return {key: escape_interpolations(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def build(section: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """An instance of a configuration dataclass from checked values; absent keys take their defaults."""
+    arguments = {}
+    for item in dataclasses.fields(section):
+        if item.name not in values:
+            continue
+        value, key = values[item.name], f"{prefix}{item.name}"
+        if callable(item.default_factory):
+            arguments[item.name] = build(item.default_factory, value, f"{key}.")
+        else:
+            arguments[item.name] = coerce(key, value, item.type)
+    return section(**arguments)
+
+
+def coerce(key: str, value: Any, annotation: str) -> Any:
+    """The value as the option's type; ValueError naming key, value and type when it is not one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation == "str | None" and value is None:
+        return None
+    if annotation in ("str", "str | None"):
+        return expect(isinstance(value, str), key, value, "text (in quotes when it looks like a number)")
+    if annotation == "bool":
+        return expect(isinstance(value, bool), key, value, "true or false")
+    if annotation == "int":
+        return expect(is_number and isinstance(value, int), key, value, "an integer")
+    if annotation == "float":
+        if isinstance(value, str):  # nan and inf are text in YAML; their range is checked by the dataclass
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        return float(expect(is_number, key, value, "a number"))
+    assert annotation == "tuple[float, float]", f"{key}: no rule for {annotation}"
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    expect(is_pair, key, value, "a list of two numbers, for example [0.9, 0.999]")
+    return tuple(coerce(key, number, "float") for number in value)
+
+
+def expect(condition: bool, key: str, value: Any, expectation: str) -> Any:
+    if not condition:
+        raise ValueError(f"{key}={value!r}: expected {expectation}")
+    return value
