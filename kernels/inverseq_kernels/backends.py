@@ -1,0 +1,122 @@
+"""Which backend serves a call, and how much temporary memory it may use.
+
+``choose_backend`` is a plain function of device, dtype and what is installed; it runs in the public
+functions, so the custom operations receive a name that is already decided.
+"""
+
+import importlib
+import importlib.util
+import os
+import types
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CUDA_WORKSPACE_BYTES = 512 * 2**20
+OTHER_WORKSPACE_BYTES = 256 * 2**20
+
+# Module stem of each operation; the file names are torch_<stem>.py and triton_<stem>.py.
+CONTRASTIVE, LOGPROB, LOSS = "contrastive", "logprob", "loss"
+
+# Read once: triton itself reads the variable when it decorates the kernels.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_OPS = frozenset(
+    stem
+    for stem in (CONTRASTIVE, LOGPROB, LOSS)
+    if _HAS_TRITON and importlib.util.find_spec(f"{__package__}.triton_{stem}") is not None
+)
+_warned: set[str] = set()
+
+
+def backend_module(backend: str, stem: str) -> types.ModuleType:
+    """The module that implements one operation; triton is imported on first use only."""
+    return importlib.import_module(f"{__package__}.{backend}_{stem}")
+
+
+def choose_backend(backend: str | None, stem: str, hidden: Tensor) -> str:
+    """Return "torch" or "triton" for an operation on ``hidden``.
+
+    None takes triton on CUDA for fp32, fp16 and bf16 and torch everywhere else. A named backend is never
+    replaced by another: ValueError where "triton" cannot serve.
+    """
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
+    if backend == "torch":
+        return backend
+    obstacle = _triton_obstacle(stem, hidden)
+    if backend == "triton":
+        if obstacle is not None:
+            raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
+        return backend
+    if hidden.device.type != "cuda":
+        return "torch"
+    if obstacle is None:
+        return "triton"
+    _warn_once(f"inverseq_kernels: the {stem} operation runs on the slower torch backend: {obstacle}")
+    return "torch"
+
+
+def resolve_workspace(workspace_bytes: int | None, hidden: Tensor) -> int:
+    """The limit in bytes on temporary memory; None is 512 MiB on CUDA and 256 MiB elsewhere."""
+    if workspace_bytes is None:
+        return CUDA_WORKSPACE_BYTES if hidden.device.type == "cuda" else OTHER_WORKSPACE_BYTES
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be None or an int > 0, got {workspace_bytes!r}")
+    return workspace_bytes
+
+
+def _triton_obstacle(stem: str, hidden: Tensor) -> str | None:
+    if hidden.dtype == torch.float64:
+        return "float64 is served by the torch backend only"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if stem not in _TRITON_OPS:
+        return f"this package has no triton_{stem} module"
+    if hidden.device.type == "cuda" or (hidden.device.type == "cpu" and _INTERPRETED):
+        return None
+    where = "CUDA tensors, or CPU tensors with TRITON_INTERPRET=1 set before import"
+    return f"it needs {where}; got {hidden.device}"
+
+
+def _warn_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _warned:
+        return
+    _warned.add(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def prepare_head(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Contiguous tensors; for triton also in hidden's dtype, which the torch backend reads block by block."""
+    if backend == "triton":
+        weight = weight.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
+    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+
+
+def finish_gradients(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Gradients in their own tensors' dtypes; an empty tensor for each that was not needed."""
+    return tuple(
+        _missing(inputs) if gradient is None or like is None else gradient.to(like.dtype)
+        for gradient, like in zip(gradients, inputs, strict=True)
+    )
+
+
+def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What ``finish_gradients`` returns, without values: for tracing."""
+    return tuple(
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        if need and like is not None
+        else _missing(inputs)
+        for need, like in zip(needs, inputs, strict=True)
+    )
+
+
+def _missing(inputs: Sequence[Tensor | None]) -> Tensor:
+    return inputs[0].new_empty((0,))
