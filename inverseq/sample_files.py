@@ -1,0 +1,216 @@
+"""Files of answered prompts in the run directory, and their readers.
+
+    RUN/samples/epoch_0001.jsonl   what an epoch sampled, with the regression target of every token
+    RUN/held_out.jsonl             the held-out prompts and the initial model's responses, made once
+    RUN/eval/epoch_0000.jsonl      answers to the fixed test prompts; epoch 0 is the initial model
+
+A row of the first two is a whole ``Sample``: reading gives back what was written, bit for bit (a float32 is written
+as the double of the same value; a log-probability that is not finite is written as the string "-inf" or "nan").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .atomic import read_jsonl, write_jsonl
+from .records import Prompt, RenderedPrompt, Response, Sample, ScoredSamples
+
+__all__ = [
+    "Decode",
+    "eval_path",
+    "held_out_path",
+    "read_eval_rows",
+    "read_samples",
+    "read_scored_samples",
+    "samples_path",
+    "write_eval_rows",
+    "write_samples",
+    "write_scored_samples",
+]
+
+Decode = Callable[[np.ndarray], str]  # token ids [R] of a response to its text
+
+FINISH_REASONS = ("stop", "length")
+
+
+def samples_path(run_dir: Path | str, epoch: int) -> Path:
+    return Path(run_dir) / "samples" / f"epoch_{epoch:04d}.jsonl"
+
+
+def eval_path(run_dir: Path | str, epoch: int) -> Path:
+    return Path(run_dir) / "eval" / f"epoch_{epoch:04d}.jsonl"
+
+
+def held_out_path(run_dir: Path | str) -> Path:
+    return Path(run_dir) / "held_out.jsonl"
+
+
+def write_samples(path: Path | str, samples: Sequence[Sample], decode: Decode) -> None:
+    """Write samples without targets, in order."""
+    write_jsonl(path, (_sample_row(sample, decode) for sample in samples))
+
+
+def write_scored_samples(path: Path | str, scored: ScoredSamples, decode: Decode) -> None:
+    """Write samples with log π̂(y_t) as ``targets`` and log π_l(y_t) as ``plain_logprobs``."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index, sample in enumerate(scored.samples):
+            actions = slice(int(scored.offsets[index]), int(scored.offsets[index + 1]))
+            row = _sample_row(sample, decode)
+            row["targets"] = _floats_out(scored.targets[actions])
+            row["plain_logprobs"] = _floats_out(scored.plain_logprobs[actions])
+            yield row
+
+    write_jsonl(path, rows())
+
+
+def read_samples(path: Path | str) -> list[Sample]:
+    """The samples of a file of either kind. ValueError names file and line of a row that is not a sample."""
+    samples = [_sample_in(_Row(path, number, row)) for number, row in read_jsonl(path)]
+    if not samples:
+        raise ValueError(f"{path}: no samples in this file")
+    return samples
+
+
+def read_scored_samples(path: Path | str) -> ScoredSamples:
+    """Samples with their targets, as ``write_scored_samples`` got them."""
+    samples, targets, plain_logprobs = [], [], []
+    for number, content in read_jsonl(path):
+        row = _Row(path, number, content)
+        sample = _sample_in(row)
+        samples.append(sample)
+        targets.append(row.floats("targets", sample.num_actions))
+        plain_logprobs.append(row.floats("plain_logprobs", sample.num_actions))
+    if not samples:
+        raise ValueError(f"{path}: no samples in this file")
+    offsets = np.cumsum([0, *(sample.num_actions for sample in samples)], dtype=np.int64)
+    return ScoredSamples(samples, torch.cat(targets), torch.cat(plain_logprobs), offsets)
+
+
+def write_eval_rows(path: Path | str, samples: Iterable[Sample], *, model: str, decode: Decode) -> None:
+    """Write one row {id, messages, response, model, finish_reason, category?} per answered test prompt."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            prompt = sample.rendered.prompt
+            row = {
+                "id": prompt.id,
+                "messages": list(prompt.messages),
+                "response": decode(sample.response.token_ids),
+                "model": model,
+                "finish_reason": sample.response.finish_reason,
+            }
+            yield row if prompt.category is None else {**row, "category": prompt.category}
+
+    write_jsonl(path, rows())
+
+
+def read_eval_rows(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of an evaluation file, checked. ValueError names file and line of one that lacks a field."""
+    rows = []
+    for number, content in read_jsonl(path):
+        row = _Row(path, number, content)
+        row.messages("messages")
+        for key in ("id", "response", "model", "finish_reason"):
+            row.field(key, str)
+        rows.append(content)
+    return rows
+
+
+def _sample_row(sample: Sample, decode: Decode) -> dict[str, Any]:
+    rendered, response = sample.rendered, sample.response
+    return {
+        "prompt_id": rendered.prompt.id,
+        "category": rendered.prompt.category,
+        "messages": list(rendered.prompt.messages),
+        "prefix_ids": [ids.tolist() for ids in rendered.prefix_ids],
+        "prompt_ids": rendered.prompt_ids.tolist(),
+        "response_ids": response.token_ids.tolist(),
+        "response": decode(response.token_ids),
+        "finish_reason": response.finish_reason,
+        "seed": int(response.seed),
+        "engine": response.engine,
+        "engine_version": response.engine_version,
+        "weights_step": int(response.weights_step),
+    }
+
+
+def _sample_in(row: _Row) -> Sample:
+    category = row.content.get("category")
+    prompt = Prompt(
+        id=row.field("prompt_id", str),
+        messages=tuple(row.messages("messages")),
+        category=None if category is None else row.field("category", str),
+    )
+    prefixes = row.field("prefix_ids", list)
+    row.require(len(prefixes) > 0, "prefix_ids", prefixes, "a list of token ids per view")
+    rendered = RenderedPrompt(
+        prompt=prompt,
+        prefix_ids=tuple(row.token_ids("prefix_ids", ids) for ids in prefixes),
+        prompt_ids=row.token_ids("prompt_ids", row.field("prompt_ids", list)),
+    )
+    finish_reason = row.field("finish_reason", str)
+    row.require(finish_reason in FINISH_REASONS, "finish_reason", finish_reason, "one of " + ", ".join(FINISH_REASONS))
+    response = Response(
+        token_ids=row.token_ids("response_ids", row.field("response_ids", list)),
+        finish_reason=finish_reason,
+        seed=row.field("seed", int),
+        engine=row.field("engine", str),
+        engine_version=row.field("engine_version", str),
+        weights_step=row.field("weights_step", int),
+    )
+    return Sample(rendered, response)
+
+
+def _floats_out(values: Tensor) -> list[float | str]:
+    """float32 values as doubles of the same value; not finite ones as text, because JSON has no word for them."""
+    return [value if math.isfinite(value) else str(value) for value in values.tolist()]
+
+
+class _Row:
+    """One row of a file under reading; its errors name file, line, field and value."""
+
+    def __init__(self, path: Path | str, number: int, content: dict[str, Any]):
+        self.where = f"{path}, line {number}"
+        self.content = content
+
+    def require(self, condition: bool, key: str, value: Any, expectation: str) -> None:
+        if not condition:
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            raise ValueError(f"{self.where}: {key}={shown}: expected {expectation}")
+
+    def field(self, key: str, kind: type) -> Any:
+        if key not in self.content:
+            raise ValueError(f"{self.where}: no field {key!r}")
+        value = self.content[key]
+        self.require(isinstance(value, kind) and not isinstance(value, bool), key, value, f"a {kind.__name__}")
+        return value
+
+    def messages(self, key: str) -> list[dict[str, str]]:
+        messages = self.field(key, list)
+        for message in messages:
+            well_formed = isinstance(message, dict) and {type(message.get(k)) for k in ("role", "content")} == {str}
+            self.require(well_formed, key, message, "messages with the texts role and content")
+        return messages
+
+    def token_ids(self, key: str, values: Any) -> np.ndarray:
+        """A list of token ids as [n] int32."""
+        well_formed = isinstance(values, list) and all(type(value) is int and 0 <= value < 2**31 for value in values)
+        self.require(well_formed, key, values, "a list of token ids")
+        return np.array(values, dtype=np.int32)
+
+    def floats(self, key: str, count: int) -> Tensor:
+        """A list of ``count`` numbers as [count] fp32."""
+        values = self.field(key, list)
+        self.require(len(values) == count, key, values, f"{count} numbers, one per response token")
+        well_formed = all(type(value) in (float, int) or value in ("-inf", "inf", "nan") for value in values)
+        self.require(well_formed, key, values, "numbers")
+        return torch.tensor([float(value) for value in values], dtype=torch.float64).float()
