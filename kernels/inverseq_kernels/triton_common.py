@@ -1,0 +1,300 @@
+"""What the Triton kernels share: tiles of head logits, their softmax statistics, block sizes and launches.
+
+A kernel program owns one tile of ROWS action rows by WORDS vocabulary entries. It accumulates
+hidden @ weight.T over D in fp32, turns the sums into logits (bias, softcap, temperature), gives absent
+words -inf, and leaves per row the tile's maximum and its sum of exponentials; the logit of the row's own
+token is caught in the one tile that holds it. ``combine_kernel`` then ends the log-sum-exp over tiles.
+Logits stay in nats, so a row's logit and its maximum cancel exactly; only exp and log run in base 2.
+Every address is int64: A * V passes 2**31 at A = 16,744 for V = 128,256.
+
+Left out: the operations themselves. fp32 operands are multiplied as fp32 (never tf32).
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Maximum of a tile without words: finite, so that no difference of maxima is NaN.
+EMPTY_MAX = tl.constexpr(-1.0e30)
+
+# Contrast with one accumulator, contrast with two, statistics of one head, logit gradient of one head.
+CONTRAST, CONTRAST_PAIR, STATISTICS, GRADIENT = "contrast", "contrast_pair", "statistics", "gradient"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile sizes and launch options of one GEMM-like kernel."""
+
+    rows: int
+    words: int
+    dim: int
+    num_warps: int
+    num_stages: int
+    group_rows: int = 16  # row blocks that walk through the vocabulary together and share it in L2
+    tma: bool = False  # read tiles through TMA descriptors where addresses allow it
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel configuration that a launcher can choose, described for compilation without a GPU."""
+
+    kernel: Any  # triton JITFunction
+    name: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    is_gemm: bool  # whether tensor-core instructions are expected: no for fp32, which must not use tf32
+    divisible: tuple[str, ...] = field(default=())  # arguments that are multiples of 16 when launched
+
+
+def choose_blocks(op: str, capability: int, dtype: torch.dtype) -> Blocks:
+    """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter."""
+    if capability == 0:
+        return Blocks(32, 128, 64, num_warps=4, num_stages=1)
+    two_accumulators = op == CONTRAST_PAIR
+    if dtype == torch.float32:
+        return Blocks(64, 32 if two_accumulators else 64, 32, num_warps=4, num_stages=2)
+    if capability < 90:
+        if two_accumulators:
+            return Blocks(128, 128, 32, num_warps=8, num_stages=3)
+        return Blocks(128, 256, 32, num_warps=8, num_stages=3)
+    if two_accumulators:
+        return Blocks(128, 128, 64, num_warps=8, num_stages=3, tma=True)
+    return Blocks(128, 256, 64, num_warps=8, num_stages=3, tma=True)
+
+
+@triton.jit
+def tile_position(num_row_blocks, num_word_blocks, GROUP_ROWS: tl.constexpr):
+    """Row block and word block of this program: GROUP_ROWS row blocks go through all words together.
+
+    The programs that run at once then read about as many hidden rows as weight rows, the fewest bytes.
+    """
+    program = tl.program_id(0)
+    per_group = GROUP_ROWS * num_word_blocks
+    group = program // per_group
+    first = group * GROUP_ROWS
+    size = tl.minimum(num_row_blocks - first, GROUP_ROWS)
+    inside = program - group * per_group
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def add_dots(
+    sums,  # [ROWS, WORDS] fp32
+    hidden,  # [A, D] pointer, or descriptor under TMA
+    weight,  # [V, D] likewise
+    row_start,
+    word_start,
+    num_rows,
+    num_words,
+    dim,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    DIM: tl.constexpr,
+    EVEN_DIM: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """sums + hidden @ weight.T of one tile. Rows and words past the end hold something finite or duplicated."""
+    if TMA:
+        for start in range(0, dim, DIM):
+            hidden_tile = hidden.load([row_start, start])
+            weight_tile = weight.load([word_start, start])
+            sums = tl.dot(hidden_tile, weight_tile.T, sums, input_precision="ieee")
+    else:
+        rows = tl.minimum(row_start + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+        words = tl.minimum(word_start + tl.arange(0, WORDS), num_words - 1).to(tl.int64)
+        columns = tl.arange(0, DIM)
+        hidden_at = hidden + (rows * dim)[:, None] + columns[None, :]
+        weight_at = weight + (words * dim)[None, :] + columns[:, None]
+        for start in range(0, dim, DIM):
+            if EVEN_DIM:
+                hidden_tile = tl.load(hidden_at)
+                weight_tile = tl.load(weight_at)
+            else:
+                hidden_tile = tl.load(hidden_at, mask=(columns < dim - start)[None, :], other=0.0)
+                weight_tile = tl.load(weight_at, mask=(columns < dim - start)[:, None], other=0.0)
+            sums = tl.dot(hidden_tile, weight_tile, sums, input_precision="ieee")
+            hidden_at += DIM
+            weight_at += DIM
+    return sums
+
+
+@triton.jit
+def load_bias(bias, word_start, num_valid, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Finite bias [WORDS] fp32 and which words are present: below num_valid and not removed by a bias of -inf."""
+    words = word_start + tl.arange(0, WORDS)
+    present = words < num_valid
+    finite = tl.zeros([WORDS], dtype=tl.float32)
+    if HAS_BIAS:
+        value = tl.load(bias + words, mask=present, other=0.0).to(tl.float32)
+        removed = value == float("-inf")
+        finite = tl.where(removed, 0.0, value)
+        present = present & (value != float("-inf"))
+    return finite, present
+
+
+@triton.jit
+def cap(logits, softcap, HAS_SOFTCAP: tl.constexpr):
+    """softcap * tanh(logits / softcap), or the logits themselves without a softcap."""
+    if HAS_SOFTCAP:
+        logits = softcap * tanh(logits / softcap)
+    return logits
+
+
+@triton.jit
+def tanh(x):
+    """tanh in fp32: odd polynomial below 0.25, where 1 - exp(-2x) cancels; relative error about 2e-7."""
+    size = tl.abs(x)
+    decay = tl.exp2(-2.0 * LOG2_E * size)
+    large = (1.0 - decay) / (1.0 + decay)
+    square = x * x
+    series = -0.33333334 + square * (0.13333334 + square * (-0.053968254 + square * 0.021869489))
+    small = size * (1.0 + square * series)
+    return tl.where(x < 0, -1.0, 1.0) * tl.where(size < 0.25, small, large)
+
+
+@triton.jit
+def row_statistics(logits):
+    """Maximum and sum of exp(logits - maximum) of every row of a tile; (EMPTY_MAX, 0) without words."""
+    maximum = tl.maximum(tl.max(logits, axis=1), EMPTY_MAX)
+    total = tl.sum(tl.exp2((logits - maximum[:, None]) * LOG2_E), axis=1)
+    return maximum, total
+
+
+@triton.jit
+def store_label(labels, logits, token_ids, rows, row_mask, word_start, WORDS: tl.constexpr):
+    """Store the logit of each row's token if this tile holds it; exactly one tile does."""
+    column = tl.load(token_ids + rows, mask=row_mask, other=-1).to(tl.int32) - word_start
+    inside = (column >= 0) & (column < WORDS)
+    hit = tl.arange(0, WORDS)[None, :] == column[:, None]
+    tl.store(labels + rows, tl.sum(tl.where(hit, logits, 0.0), axis=1), mask=inside & row_mask)
+
+
+@triton.jit
+def combine_kernel(
+    maxima,  # [S, tiles, A] fp32
+    totals,  # [S, tiles, A] fp32
+    moments,  # [S, tiles, A] fp32: sum of exp(z - maximum) * (z - maximum); read with HAS_MOMENT
+    labels,  # [S, A] fp32, unwritten in ignored rows
+    token_ids,  # [A] int64
+    logprobs,  # [S, stride_logprobs] fp32 out
+    lse,  # [A] fp32 out, written with WRITE_LSE (S = 1)
+    entropy,  # [A] fp32 out, written with HAS_MOMENT (S = 1)
+    num_rows,
+    num_tiles,
+    stride_logprobs,
+    ignore_index,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    HAS_MOMENT: tl.constexpr,
+):
+    """End the log-sum-exp over vocabulary tiles: log-probs of the labels, 0 in ignored rows."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    one_set = tl.program_id(1).to(tl.int64)
+    row_mask = rows < num_rows
+    tiles = tl.arange(0, TILES).to(tl.int64)
+    base = one_set * num_tiles * num_rows
+    running = tl.full([ROWS], EMPTY_MAX, dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    moment = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, num_tiles, TILES):
+        at = base + (start + tiles)[:, None] * num_rows + rows[None, :]
+        mask = ((start + tiles) < num_tiles)[:, None] & row_mask[None, :]
+        maximum = tl.load(maxima + at, mask=mask, other=EMPTY_MAX)
+        part = tl.load(totals + at, mask=mask, other=0.0)
+        new = tl.maximum(running, tl.max(maximum, axis=0))
+        rescale = tl.exp2((running - new) * LOG2_E)
+        scale = tl.exp2((maximum - new[None, :]) * LOG2_E)
+        if HAS_MOMENT:
+            shifted = tl.load(moments + at, mask=mask, other=0.0) + part * (maximum - new[None, :])
+            moment = (moment + total * (running - new)) * rescale + tl.sum(shifted * scale, axis=0)
+        total = total * rescale + tl.sum(part * scale, axis=0)
+        running = new
+    log_total = tl.log2(total) * LN_2
+    ignored = tl.load(token_ids + rows, mask=row_mask, other=0) == ignore_index
+    label = tl.load(labels + one_set * num_rows + rows, mask=row_mask & (ignored == 0), other=0.0)
+    logprob = tl.where(ignored, 0.0, (label - running) - log_total)
+    tl.store(logprobs + one_set * stride_logprobs + rows, logprob, mask=row_mask)
+    if WRITE_LSE:
+        tl.store(lse + rows, running + log_total, mask=row_mask)
+    if HAS_MOMENT:
+        tl.store(entropy + rows, tl.where(ignored, 0.0, log_total - moment / total), mask=row_mask)
+
+
+def combine(
+    maxima: Tensor,  # [S, tiles, A]
+    totals: Tensor,  # [S, tiles, A]
+    moments: Tensor | None,  # [S, tiles, A]
+    labels: Tensor,  # [S, A]
+    token_ids: Tensor,  # [A]
+    logprobs: Tensor,  # [S, A], rows may be a slice of a longer one
+    *,
+    ignore_index: int,
+    lse: Tensor | None = None,  # [A]
+    entropy: Tensor | None = None,  # [A]
+) -> None:
+    """Launch ``combine_kernel``; writes logprobs and, where given, lse and entropy."""
+    num_sets, num_tiles, num_rows = maxima.shape
+    combine_kernel[(triton.cdiv(num_rows, 64), num_sets)](
+        maxima,
+        totals,
+        moments,
+        labels,
+        token_ids,
+        logprobs,
+        lse,
+        entropy,
+        num_rows,
+        num_tiles,
+        logprobs.stride(0),
+        ignore_index,
+        ROWS=64,
+        TILES=32,
+        WRITE_LSE=lse is not None,
+        HAS_MOMENT=entropy is not None,
+        num_warps=4,
+    )
+
+
+def capability_of(tensor: Tensor) -> int:
+    """Compute capability of a tensor's GPU as 80, 90, ...; 0 for a CPU tensor (interpreter)."""
+    if tensor.device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors' one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def can_use_tma(*matrices: Tensor) -> bool:
+    """Whether row-major matrices meet TMA's rules: base and row pitch multiples of 16 bytes."""
+    return all(
+        matrix.data_ptr() % 16 == 0 and (matrix.shape[1] * matrix.element_size()) % 16 == 0 and matrix.shape[1] > 0
+        for matrix in matrices
+    )
+
+
+def tile_source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
+    """What a kernel gets for a [rows, D] matrix: the tensor, or a descriptor that loads [block] tiles."""
+    if not tma:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], list(block))
+
+
+def rows_within(workspace_bytes: int, bytes_per_row: int, num_rows: int, block_rows: int) -> int:
+    """Rows per launch that the workspace allows, a multiple of the row block and at least one of them."""
+    rows = workspace_bytes // bytes_per_row // block_rows * block_rows
+    return min(max(rows, block_rows), num_rows)
