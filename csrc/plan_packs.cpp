@@ -1,0 +1,329 @@
+#include "plan_packs.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace inverseq {
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+using std::uint64_t;
+using std::to_string;
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+void require_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) {
+    refuse(std::string(name) + "=" + to_string(value) + ": expected " + to_string(low) + " to " + to_string(high));
+  }
+}
+
+// Open packs by the room they have left. A 64-ary tree of bits finds the smallest sufficient room in
+// log64(token_budget) steps; packs of equal room form a stack.
+class RoomIndex {
+ public:
+  RoomIndex(int64_t max_room, int64_t max_packs)
+      : head_(static_cast<size_t>(max_room) + 1, -1), next_(static_cast<size_t>(max_packs), -1) {
+    for (uint64_t bits = head_.size(); ; bits = levels_.back().size()) {
+      levels_.emplace_back((bits + 63) / 64, 0);
+      if (levels_.back().size() == 1) break;
+    }
+  }
+
+  void put(int64_t room, int32_t pack) {
+    const size_t r = static_cast<size_t>(room);
+    next_[static_cast<size_t>(pack)] = head_[r];
+    if (head_[r] < 0) set(r);
+    head_[r] = pack;
+  }
+
+  // Takes out the pack with the least room that is at least `room`; -1 when there is none.
+  int32_t take_best(int64_t room) {
+    const int64_t found = find(static_cast<uint64_t>(room));
+    if (found < 0) return -1;
+    const size_t r = static_cast<size_t>(found);
+    const int32_t pack = head_[r];
+    head_[r] = next_[static_cast<size_t>(pack)];
+    if (head_[r] < 0) clear(r);
+    return pack;
+  }
+
+  void forget(int64_t room) {
+    const size_t r = static_cast<size_t>(room);
+    if (head_[r] < 0) return;
+    head_[r] = -1;
+    clear(r);
+  }
+
+ private:
+  void set(uint64_t i) {
+    for (auto& level : levels_) {
+      const bool was_empty = level[i >> 6] == 0;
+      level[i >> 6] |= uint64_t{1} << (i & 63);
+      if (!was_empty) return;
+      i >>= 6;
+    }
+  }
+
+  void clear(uint64_t i) {
+    for (auto& level : levels_) {
+      level[i >> 6] &= ~(uint64_t{1} << (i & 63));
+      if (level[i >> 6] != 0) return;
+      i >>= 6;
+    }
+  }
+
+  int64_t find(uint64_t i) const {  // the smallest set position >= i, or -1
+    for (size_t depth = 0; depth < levels_.size(); ++depth) {
+      const auto& level = levels_[depth];
+      if ((i >> 6) >= level.size()) return -1;
+      const uint64_t word = level[i >> 6] & (~uint64_t{0} << (i & 63));
+      if (word != 0) {
+        uint64_t position = (i & ~uint64_t{63}) + static_cast<uint64_t>(__builtin_ctzll(word));
+        while (depth-- > 0) {
+          position = (position << 6) + static_cast<uint64_t>(__builtin_ctzll(levels_[depth][position]));
+        }
+        return static_cast<int64_t>(position);
+      }
+      i = (i >> 6) + 1;
+    }
+    return -1;
+  }
+
+  std::vector<std::vector<uint64_t>> levels_;
+  std::vector<int32_t> head_;  // [room] pack on top of the stack, -1 when empty
+  std::vector<int32_t> next_;  // [pack] pack below it
+};
+
+// The samples of one step in packs: pack_of[i] for every sample of the step, and what each pack costs.
+struct Grouping {
+  std::vector<int32_t> pack_of;
+  std::vector<double> costs;
+};
+
+class Planner {
+ public:
+  explicit Planner(const PlanRequest& request)
+      : request_(request), capacity_(request.token_budget - request.shared_tokens), rooms_(capacity_, largest_step()) {}
+
+  PackPlan run() {
+    PackPlan plan;
+    plan.sample_indices.resize(static_cast<size_t>(request_.num_samples));
+    plan.pack_offsets.push_back(0);
+    plan.step_offsets.push_back(0);
+    for (int64_t step = 0, first = 0; step < request_.num_steps; ++step) {
+      plan_step(first, request_.step_sizes[step], plan);
+      first += request_.step_sizes[step];
+      plan.step_offsets.push_back(static_cast<int64_t>(plan.pack_offsets.size()) - 1);
+    }
+    return plan;
+  }
+
+ private:
+  int64_t largest_step() const {
+    int64_t largest = 0;
+    for (int64_t s = 0; s < request_.num_steps; ++s) largest = std::max(largest, request_.step_sizes[s]);
+    return largest;
+  }
+
+  int64_t room_of(int32_t i) const { return lengths_[i] - request_.shared_tokens; }
+
+  double cost_of(int32_t i) const {
+    const double length = static_cast<double>(lengths_[i]);
+    return request_.linear_cost * static_cast<double>(room_of(i)) + request_.attention_cost * length * length;
+  }
+
+  void plan_step(int64_t first, int64_t size, PackPlan& plan) {
+    if (size == 0) return;
+    lengths_ = request_.lengths + first;
+    sort_decreasing(size);
+    Grouping groups = best_fit();
+    const int64_t num_ranks = request_.num_ranks;
+    const int64_t num_packs = static_cast<int64_t>(groups.costs.size());
+    const int64_t num_micro_steps = (num_packs + num_ranks - 1) / num_ranks;
+    groups.costs.resize(static_cast<size_t>(num_micro_steps * num_ranks), 0.0);
+    std::vector<int32_t> order = decreasing_cost(groups);
+    if (num_ranks > 1) {
+      Grouping even;
+      if (spread(groups.costs.size(), even)) {
+        std::vector<int32_t> even_order = decreasing_cost(even);
+        if (duration(even, even_order) < duration(groups, order)) {
+          groups = std::move(even);
+          order = std::move(even_order);
+        }
+      }
+    }
+    append(first, groups, deal(groups, order, num_micro_steps), plan);
+  }
+
+  // order_ = samples of the step by decreasing length, equal lengths in their own order.
+  void sort_decreasing(int64_t size) {
+    order_.resize(static_cast<size_t>(size));
+    const int64_t longest = *std::max_element(lengths_, lengths_ + size);
+    if (longest > 4 * size) {
+      std::iota(order_.begin(), order_.end(), 0);
+      std::stable_sort(order_.begin(), order_.end(), [this](int32_t a, int32_t b) { return lengths_[a] > lengths_[b]; });
+      return;
+    }
+    std::vector<int32_t> first_place(static_cast<size_t>(longest) + 1, 0);
+    for (int64_t i = 0; i < size; ++i) ++first_place[static_cast<size_t>(longest - lengths_[i])];
+    std::exclusive_scan(first_place.begin(), first_place.end(), first_place.begin(), 0);
+    for (int64_t i = 0; i < size; ++i) {
+      order_[static_cast<size_t>(first_place[static_cast<size_t>(longest - lengths_[i])]++)] = static_cast<int32_t>(i);
+    }
+  }
+
+  // Best fit decreasing: each sample goes where it leaves the least room.
+  Grouping best_fit() {
+    Grouping groups;
+    groups.pack_of.resize(order_.size());
+    std::vector<int64_t> room_left;
+    for (const int32_t i : order_) {
+      const int64_t room = room_of(i);
+      int32_t pack = rooms_.take_best(room);
+      if (pack < 0) {
+        pack = static_cast<int32_t>(room_left.size());
+        room_left.push_back(capacity_);
+        groups.costs.push_back(0.0);
+      }
+      groups.pack_of[static_cast<size_t>(i)] = pack;
+      groups.costs[static_cast<size_t>(pack)] += cost_of(i);
+      const int64_t left = room_left[static_cast<size_t>(pack)] -= room;
+      if (left > 0) rooms_.put(left, pack);
+    }
+    for (const int64_t left : room_left) rooms_.forget(left);
+    return groups;
+  }
+
+  // Longest processing time first over a given number of packs: each sample goes to the cheapest pack so far. False
+  // when that pack lacks the room, which happens only when packs are close to full anyway.
+  bool spread(size_t num_packs, Grouping& groups) const {
+    using Load = std::pair<double, int32_t>;
+    std::vector<Load> heap(num_packs);
+    for (size_t p = 0; p < num_packs; ++p) heap[p] = {0.0, static_cast<int32_t>(p)};
+    std::vector<int64_t> room_left(num_packs, capacity_);
+    groups.pack_of.resize(order_.size());
+    groups.costs.assign(num_packs, 0.0);
+    for (const int32_t i : order_) {
+      std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+      Load& lightest = heap.back();
+      const size_t pack = static_cast<size_t>(lightest.second);
+      if (room_left[pack] < room_of(i)) return false;
+      room_left[pack] -= room_of(i);
+      lightest.first = groups.costs[pack] += cost_of(i);
+      groups.pack_of[static_cast<size_t>(i)] = lightest.second;
+      std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    }
+    return true;
+  }
+
+  static std::vector<int32_t> decreasing_cost(const Grouping& groups) {
+    std::vector<int32_t> order(groups.costs.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&groups](int32_t a, int32_t b) {
+      return groups.costs[static_cast<size_t>(a)] > groups.costs[static_cast<size_t>(b)];
+    });
+    return order;
+  }
+
+  // Ranks wait for each other in every micro-step, so a step lasts the sum of its micro-steps' largest costs.
+  double duration(const Grouping& groups, const std::vector<int32_t>& order) const {
+    double total = 0.0;
+    for (size_t p = 0; p < order.size(); p += static_cast<size_t>(request_.num_ranks)) {
+      total += groups.costs[static_cast<size_t>(order[p])];
+    }
+    return total;
+  }
+
+  // Packs of similar cost meet in one micro-step; there the dearest goes to the rank with the least cost so far.
+  // Returns the place of each pack in the step, rank by rank.
+  std::vector<int64_t> deal(const Grouping& groups, const std::vector<int32_t>& order, int64_t num_micro_steps) const {
+    const int64_t num_ranks = request_.num_ranks;
+    std::vector<int64_t> place(order.size());
+    std::vector<double> load(static_cast<size_t>(num_ranks), 0.0);
+    std::vector<int64_t> ranks(static_cast<size_t>(num_ranks));
+    std::iota(ranks.begin(), ranks.end(), int64_t{0});
+    for (int64_t micro_step = 0; micro_step < num_micro_steps; ++micro_step) {
+      std::sort(ranks.begin(), ranks.end(), [&load](int64_t a, int64_t b) {
+        const double load_a = load[static_cast<size_t>(a)], load_b = load[static_cast<size_t>(b)];
+        return load_a != load_b ? load_a < load_b : a < b;
+      });
+      for (int64_t k = 0; k < num_ranks; ++k) {
+        const size_t pack = static_cast<size_t>(order[static_cast<size_t>(micro_step * num_ranks + k)]);
+        const int64_t rank = ranks[static_cast<size_t>(k)];
+        place[pack] = rank * num_micro_steps + micro_step;
+        load[static_cast<size_t>(rank)] += groups.costs[pack];
+      }
+    }
+    return place;
+  }
+
+  static void append(int64_t first, const Grouping& groups, const std::vector<int64_t>& place, PackPlan& plan) {
+    std::vector<int64_t> cursor(place.size() + 1, 0);
+    for (const int32_t pack : groups.pack_of) ++cursor[static_cast<size_t>(place[static_cast<size_t>(pack)]) + 1];
+    cursor[0] = first;
+    for (size_t p = 0; p < place.size(); ++p) {
+      cursor[p + 1] += cursor[p];
+      plan.pack_offsets.push_back(cursor[p + 1]);
+    }
+    for (size_t i = 0; i < groups.pack_of.size(); ++i) {
+      const size_t p = static_cast<size_t>(place[static_cast<size_t>(groups.pack_of[i])]);
+      plan.sample_indices[static_cast<size_t>(cursor[p]++)] = first + static_cast<int64_t>(i);
+    }
+  }
+
+  const PlanRequest& request_;
+  int64_t capacity_;
+  RoomIndex rooms_;
+  const int64_t* lengths_ = nullptr;  // of the step's samples
+  std::vector<int32_t> order_;
+};
+
+void check(const PlanRequest& request) {
+  constexpr int64_t kMaxSamples = std::numeric_limits<int32_t>::max();
+  require_range("num_samples", request.num_samples, 0, kMaxSamples);
+  require_range("token_budget", request.token_budget, 1, kMaxTokenBudget);
+  require_range("num_ranks", request.num_ranks, 1, kMaxRanks);
+  require_range("shared_tokens", request.shared_tokens, 0, request.token_budget - 1);
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double linear = request.linear_cost, attention = request.attention_cost;
+  if (!(linear >= 0 && attention >= 0 && linear + attention > 0 && linear + attention < infinity)) {
+    refuse("linear_cost=" + to_string(linear) + ", attention_cost=" + to_string(attention) +
+           ": expected finite numbers >= 0, one of them positive");
+  }
+  int64_t left = request.num_samples;
+  for (int64_t s = 0; s < request.num_steps; ++s) {
+    const int64_t size = request.step_sizes[s];
+    if (size < 0 || size > left) {
+      refuse("step_sizes[" + to_string(s) + "]=" + to_string(size) + ": expected 0 to the " + to_string(left) +
+             " samples left");
+    }
+    left -= size;
+  }
+  if (left != 0) refuse("step_sizes: " + to_string(left) + " of " + to_string(request.num_samples) + " samples in no step");
+  for (int64_t i = 0; i < request.num_samples; ++i) {
+    if (request.lengths[i] > request.token_budget) {
+      refuse("sample " + to_string(i) + " has " + to_string(request.lengths[i]) + " tokens, token_budget is " +
+             to_string(request.token_budget));
+    }
+    if (request.lengths[i] <= request.shared_tokens) {
+      refuse("lengths[" + to_string(i) + "]=" + to_string(request.lengths[i]) + ": expected more than " +
+             to_string(request.shared_tokens));
+    }
+  }
+}
+
+}  // namespace
+
+PackPlan plan_packs(const PlanRequest& request) {
+  check(request);
+  return Planner(request).run();
+}
+
+}  // namespace inverseq
