@@ -225,13 +225,12 @@ def _dataset_rows(name: str, split: str) -> Iterator[Row]:
     folder = Path(name).expanduser()
     source = f"hf:{name}:{split}"
     try:
-        if (folder / "dataset_dict.json").is_file():
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             saved = datasets.load_from_disk(folder)
-            if split not in saved:
-                raise ValueError(f"no split {split!r}; it has {', '.join(saved)}")
-            rows = saved[split]
-        elif (folder / "state.json").is_file():
-            rows = datasets.load_from_disk(folder)
+            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+            if split not in splits:
+                raise ValueError(f"no split {split!r}; it has {', '.join(splits)}")
+            rows = splits[split]
         else:
             rows = datasets.load_dataset(str(folder) if folder.is_dir() else name, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
