@@ -23,8 +23,6 @@ from .config import Config, iter_options
 __all__ = ["config_differences", "load_config", "recipe_names", "recipe_path", "to_yaml"]
 
 RECIPES = Path(__file__).parent / "recipes"
-# Changing these does not change what the rest of a run computes, so a resumed run may have other values.
-RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
 
 
 def recipe_names() -> list[str]:
@@ -67,8 +65,8 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(dataclasses.asdict(config))))
 
 
-def config_differences(ours: Config, theirs: Config, ignore: Sequence[str] = RESUMABLE_KEYS) -> list[str]:
-    """``key: our value, their value`` of every option in which two configurations differ."""
+def config_differences(ours: Config, theirs: Config, ignore: Sequence[str] = ()) -> list[str]:
+    """``key: our value here, their value there`` of every option not ignored in which two configurations differ."""
     flat_ours, flat_theirs = flatten(dataclasses.asdict(ours)), flatten(dataclasses.asdict(theirs))
     return [
         f"{key}: {value!r} here, {flat_theirs[key]!r} there"

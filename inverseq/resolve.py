@@ -1,0 +1,276 @@
+"""Everything about a run that can be checked before model weights are loaded.
+
+``resolve`` finds the models' folders, loads tokenizers, model configurations and prompts, and checks that they fit
+each other, the packing budgets and the run directory. It writes nothing. Left out: the weights themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .chat import ChatRenderer, load_chat_template, load_principle
+from .config import Config, ModelConfig
+from .model import resolve_device
+from .packing import write_pack
+from .prompts import PromptStream, ReadReport, load_prompts
+from .records import PackedViews, Prompt, RenderedPrompt, Response, Sample
+from .run_directory import check_run_directory
+from .small_model import MODEL_NAME, small_model_path
+
+__all__ = ["Resolved", "resolve", "resolve_model_path"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a run needs beside the weights, checked."""
+
+    config: Config
+    run_dir: Path
+    model_path: str  # a folder or hub id
+    plain_model_path: str | None  # π_l of the model contrast
+    model_config: PretrainedConfig
+    plain_model_config: PretrainedConfig | None
+    tokenizer: PreTrainedTokenizerBase
+    num_valid_vocab: int  # token ids are smaller; logits from here on are padding
+    renderer: ChatRenderer
+    prompts: PromptStream
+    read_report: ReadReport  # what became of the rows of prompts.path
+    test_prompts: Sequence[RenderedPrompt]  # empty unless evaluation.every is set
+
+    def probe_pack(self) -> PackedViews:
+        """A small pack of one short sequence, to compare a model's head with its own logits."""
+        ids = np.arange(min(16, self.num_valid_vocab), dtype=np.int32)
+        rendered = RenderedPrompt(Prompt("probe", ()), prefix_ids=(ids[:0],), prompt_ids=ids[:8])
+        response = Response(ids[8:], "length", seed=0, engine="probe", engine_version="", weights_step=0)
+        return write_pack([Sample(rendered, response)], [0], (-1,))
+
+
+def resolve(config: Config, *, resume: bool = False) -> Resolved:
+    """Check a configuration against the world; ValueError names the key, the value and what was expected."""
+    run_dir = check_run_directory(config, resume=resume)
+    check_environment(config)
+    model_path = resolve_model_path("model.path", config.model.path)
+    model_config = load_model_config("model.path", model_path, config.model)
+    tokenizer = load_tokenizer("model.path", model_path, config.model)
+    num_valid_vocab = count_valid_vocab(tokenizer, model_config, model_path)
+    plain_path, plain_config = None, None
+    if config.contrast.kind == "model":
+        plain_path = resolve_model_path("contrast.plain_model", config.contrast.plain_model)
+        plain_config = load_model_config("contrast.plain_model", plain_path, config.model)
+        plain_tokenizer = load_tokenizer("contrast.plain_model", plain_path, config.model)
+        check_same_vocabulary(model_path, tokenizer, plain_path, plain_tokenizer)
+        check_same_logits(model_path, model_config, plain_path, plain_config)
+    renderer = ChatRenderer(
+        tokenizer,
+        principle_text=load_principle(config.contrast.principle),
+        plain_system=config.contrast.plain_system,
+        chat_template=load_chat_template(config.model.chat_template),
+    )
+    prompts, read_report = load_stream(config, renderer)
+    test_prompts = load_test_prompts(config, renderer, prompts.held_out)
+    check_lengths(config, [*prompts.training, *prompts.held_out, *test_prompts])
+    check_positions(config, [*prompts.training, *prompts.held_out, *test_prompts], model_path, model_config)
+    if plain_config is not None:
+        check_positions(config, [*prompts.training, *prompts.held_out], plain_path, plain_config)
+    return Resolved(
+        config=config,
+        run_dir=run_dir,
+        model_path=model_path,
+        plain_model_path=plain_path,
+        model_config=model_config,
+        plain_model_config=plain_config,
+        tokenizer=tokenizer,
+        num_valid_vocab=num_valid_vocab,
+        renderer=renderer,
+        prompts=prompts,
+        read_report=read_report,
+        test_prompts=test_prompts,
+    )
+
+
+def check_environment(config: Config) -> None:
+    """Raise ValueError for a device, backend, package or folder that the configuration asks for and is not there."""
+    device = resolve_device(config.model)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.engine.kernel_backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(f"engine.kernel_backend='triton': needs a CUDA device, and the device is {device.type}")
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("logging.wandb=True: the package wandb is not installed")
+    if config.sampling.backend == "replay" and not Path(config.sampling.replay_path).expanduser().is_dir():
+        raise ValueError(f"sampling.replay_path={config.sampling.replay_path!r}: no such folder")
+
+
+def resolve_model_path(key: str, name: str) -> str:
+    """A model's folder, or the name itself when it can only be a hub id.
+
+    ``smollm2-135m-instruct`` stands for the folder that ``python -m inverseq.small_model`` writes.
+    """
+    if name == MODEL_NAME and not Path(name).exists():
+        folder = small_model_path()
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{key}={name!r}: is not in {folder} yet; fetch it with `python -m inverseq.small_model`")
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{key}={name!r}: the folder holds no model (no config.json)")
+        if not any(path.glob("*.safetensors")):
+            raise ValueError(f"{key}={name!r}: the folder holds no .safetensors weights; other formats are not loaded")
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{key}={name!r}: is a file; expected a model's folder or a hub id")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"{key}={name!r}: no such folder")
+    return name
+
+
+def load_model_config(key: str, path: str, config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration, without weights."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path!r}: the model's configuration cannot be loaded: {first_line(error)}") from error
+
+
+def load_tokenizer(key: str, path: str, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={path!r}: the tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def count_valid_vocab(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, path: str) -> int:
+    """One more than the tokenizer's largest id that the model has a row for.
+
+    A model may have more rows than the tokenizer has ids (padding). Ids without a row are an error, unless they are
+    tokens added to the tokenizer (a padding token, for example), which no prompt uses.
+    """
+    num_rows = model_config.get_text_config().vocab_size
+    added = tokenizer.get_added_vocab()
+    ids = {token: index for token, index in tokenizer.get_vocab().items() if index < num_rows or token not in added}
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    if largest >= num_rows:
+        raise ValueError(
+            f"model.path={path!r}: the tokenizer's id {largest} ({token!r}) has no row in the model's vocabulary "
+            f"of {num_rows}"
+        )
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id > largest:
+        raise ValueError(
+            f"model.path={path!r}: the EOS id {tokenizer.eos_token_id} has no row in the model's vocabulary"
+        )
+    return largest + 1
+
+
+def check_same_vocabulary(
+    path: str, tokenizer: PreTrainedTokenizerBase, plain_path: str, plain_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError naming both models and some tokens when the contrast's models read other ids."""
+    ours, theirs = tokenizer.get_vocab(), plain_tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted((token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)), key=repr)
+    examples = ", ".join(f"{token!r} is {ours.get(token)} and {theirs.get(token)}" for token in differing[:3])
+    raise ValueError(
+        f"contrast.plain_model={plain_path!r} and model.path={path!r} have different vocabularies: "
+        f"{len(differing)} of {len(ours)} and {len(theirs)} tokens differ, for example {examples}"
+    )
+
+
+def check_same_logits(path: str, config: PretrainedConfig, plain_path: str, plain_config: PretrainedConfig) -> None:
+    """Raise ValueError when the heads of the contrast's models have other sizes or shape their logits differently."""
+    for name in ("vocab_size", "final_logit_softcapping", "logits_scaling", "logit_scale"):
+        ours, theirs = (getattr(each.get_text_config(), name, None) for each in (config, plain_config))
+        if ours != theirs:
+            raise ValueError(
+                f"contrast.plain_model={plain_path!r} and model.path={path!r} cannot be contrasted: "
+                f"their {name} is {theirs} and {ours}"
+            )
+
+
+def load_stream(config: Config, renderer: ChatRenderer) -> tuple[PromptStream, ReadReport]:
+    """The prompts that training draws from, rendered, and what became of the source's rows."""
+    prompts, read_report = load_prompts(config.prompts.path)
+    stream = PromptStream(
+        prompts,
+        renderer,
+        seed=config.seed,
+        shuffle=config.prompts.shuffle,
+        max_prompt_tokens=config.prompts.max_prompt_tokens,
+        held_out=config.prompts.held_out,
+    )
+    return stream, read_report
+
+
+def load_test_prompts(
+    config: Config, renderer: ChatRenderer, held_out: Sequence[RenderedPrompt]
+) -> Sequence[RenderedPrompt]:
+    """The prompts that evaluation answers: those of ``evaluation.prompts``, else the held-out ones; none when off."""
+    if not config.evaluation.every:
+        return ()
+    test_prompts = held_out
+    if config.evaluation.prompts:
+        prompts, report = load_prompts(config.evaluation.prompts)
+        rendered = renderer.render_all(prompts)
+        limit = config.prompts.max_prompt_tokens
+        test_prompts = [item for item in rendered if len(item.policy_ids) <= limit]
+        dropped = len(rendered) - len(test_prompts)
+        logger.info("test prompts: %s; dropped %d over %d tokens", report, dropped, limit)
+    count = config.evaluation.num_prompts or len(test_prompts)
+    if not 0 < count <= len(test_prompts):
+        raise ValueError(
+            f"evaluation.num_prompts={config.evaluation.num_prompts}: there are {len(test_prompts)} test prompts "
+            f"(evaluation.prompts={config.evaluation.prompts!r})"
+        )
+    return test_prompts[:count]
+
+
+def view_lengths_of(item: RenderedPrompt) -> list[int]:
+    """Tokens of each view of a prompt, without a response."""
+    return [len(prefix) + len(item.prompt_ids) for prefix in item.prefix_ids]
+
+
+def check_lengths(config: Config, items: Sequence[RenderedPrompt]) -> None:
+    """Raise ValueError when the longest sample that can arise exceeds a packing budget."""
+    response = config.sampling.max_new_tokens
+    plain = max(len(item.policy_ids) for item in items)
+    if plain + response > config.packing.train_tokens:
+        raise ValueError(
+            f"packing.train_tokens={config.packing.train_tokens}: expected at least {plain + response}, for the "
+            f"longest prompt of {plain} tokens and a response of sampling.max_new_tokens={response}"
+        )
+    views = [[length + response for length in view_lengths_of(item)] for item in items]
+    together = config.contrast.kind == "principle"  # views of one model stand in one pack, of two models apart
+    needed = max(sum(lengths) if together else max(lengths) for lengths in views)
+    if needed > config.packing.score_tokens:
+        raise ValueError(
+            f"packing.score_tokens={config.packing.score_tokens}: expected at least {needed}, for "
+            f"{'all views' if together else 'the longest view'} of the longest prompt, each with a response of "
+            f"sampling.max_new_tokens={response}"
+        )
+
+
+def check_positions(config: Config, items: Sequence[RenderedPrompt], path: str, model_config: PretrainedConfig) -> None:
+    """Raise ValueError when the longest view with its response exceeds the positions that a model knows."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest = max(max(view_lengths_of(item)) for item in items)
+    needed = longest + config.sampling.max_new_tokens
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens}: the longest view of {longest} tokens and a "
+            f"response need {needed} positions, {path} has {limit}; lower it or prompts.max_prompt_tokens"
+        )

@@ -1,0 +1,72 @@
+"""The run directory: whether a configuration may write there, and the configuration it holds.
+
+``RUN/config.yaml`` is the first file of a run, so a folder belongs to the run whose configuration it holds. A resumed
+run may differ in what does not change its results (where it stands, what it logs, how many checkpoints it keeps) and,
+under the constant schedule, in its number of epochs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .atomic import atomic_file
+from .config import Config
+from .config_loading import config_differences, load_config, to_yaml
+
+__all__ = ["check_run_directory", "write_run_config"]
+
+RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
+
+
+def check_run_directory(config: Config, *, resume: bool) -> Path:
+    """The run directory, which is new or empty, or with ``resume`` holds a run of this configuration.
+
+    Raises ValueError for a folder of another run (naming what differs), an existing run without ``resume``, no run with
+    it, a folder of other things, a file, and a place where nothing can be written. Writes nothing.
+    """
+    run_dir = Path(config.run_dir).expanduser()
+    where = f"run_dir={config.run_dir!r}"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{where}: is a file; expected a folder")
+    names = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else []
+    visible = [name for name in names if not name.startswith(".")]  # hidden ones are left by a killed write
+    if not visible:
+        if resume:
+            raise ValueError(f"{where}: holds no run to resume; start one without --resume")
+        check_writable(run_dir, where)
+        return run_dir
+    if "config.yaml" not in visible:
+        raise ValueError(f"{where}: is not empty and holds no run ({', '.join(visible[:3])} …); choose another folder")
+    check_same_run(config, run_dir, where)
+    if not resume:
+        raise ValueError(f"{where}: holds this run already; --resume continues it, or choose another run_dir")
+    check_writable(run_dir, where)
+    return run_dir
+
+
+def check_same_run(config: Config, run_dir: Path, where: str) -> None:
+    """Raise ValueError naming what differs between a configuration and the one a run directory holds."""
+    try:
+        theirs = load_config(run_dir / "config.yaml")
+    except ValueError as error:
+        raise ValueError(f"{where}: the configuration of the run it holds cannot be read: {error}") from None
+    ignored = (*RESUMABLE_KEYS, "epochs") if config.optim.schedule == "constant" else RESUMABLE_KEYS
+    differences = config_differences(config, theirs, ignore=ignored)
+    if differences:
+        raise ValueError(f"{where}: holds another run: {'; '.join(differences)}")
+
+
+def check_writable(folder: Path, where: str) -> None:
+    """Raise ValueError when the folder, or the nearest one above it that exists, cannot be written to."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{where}: {existing} is a file; expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{where}: {existing} cannot be written to")
+
+
+def write_run_config(config: Config, run_dir: Path) -> None:
+    """Create the run directory and write its ``config.yaml``, whole or not at all."""
+    with atomic_file(run_dir / "config.yaml") as file:
+        file.write(to_yaml(config).encode())
