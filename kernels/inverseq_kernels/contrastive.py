@@ -50,8 +50,8 @@ def contrastive_reference(
     "inverseq_kernels::contrastive_logprob",
     mutates_args=(),
     schema="(Tensor hidden_w, Tensor weight_w, Tensor? bias_w, Tensor hidden_l, Tensor weight_l, "
-    "Tensor? bias_l, Tensor token_ids, Tensor alphas, float? softcap, float temperature, int num_valid_vocab, "
-    "int workspace_bytes, str backend) -> (Tensor, Tensor)",
+    "Tensor? bias_l, Tensor token_ids, Tensor alphas, float? softcap, float temperature, "
+    "int num_valid_vocab, int workspace_bytes, str backend) -> (Tensor, Tensor)",
 )
 def _contrastive_op(
     hidden_w,

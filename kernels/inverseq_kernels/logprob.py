@@ -14,7 +14,8 @@ from inverseq_kernels import backends, checks
     "inverseq_kernels::linear_logprob",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float? softcap, "
-    "float temperature, int num_valid_vocab, bool want_entropy, int workspace_bytes, str backend) -> (Tensor, Tensor, Tensor)",
+    "float temperature, int num_valid_vocab, bool want_entropy, int workspace_bytes, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _logprob_op(
     hidden,

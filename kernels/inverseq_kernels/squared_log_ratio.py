@@ -18,8 +18,8 @@ from inverseq_kernels.checks import IGNORE_INDEX
     "inverseq_kernels::squared_log_ratio",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor targets, "
-    "Tensor row_weights, float? softcap, float temperature, int num_valid_vocab, bool[] needs, int workspace_bytes, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor row_weights, float? softcap, float temperature, int num_valid_vocab, bool[] needs, "
+    "int workspace_bytes, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _loss_op(
     hidden,

@@ -17,7 +17,7 @@ from inverseq_kernels.torch_head import (
     gather_labels_,
     load_rows,
 )
-from inverseq_kernels.torch_logprob import plan_tiles
+from inverseq_kernels.torch_logprob import STATE_VECTORS, plan_tiles
 
 
 def contrastive_forward(
@@ -47,7 +47,13 @@ def contrastive_forward(
     alphas = alphas.to(like.dtype).expand(num_alphas, num_rows)
     # The last alpha is mixed in the better head's own tile.
     num_tiles = 2 if num_alphas == 1 else 3
-    rows_per_tile, block_words = plan_tiles(num_rows, [better, plain], num_tiles, workspace_bytes)
+    rows_per_tile, block_words = plan_tiles(
+        num_rows,
+        [better, plain],
+        tiles=num_tiles,
+        vectors=STATE_VECTORS * (num_alphas + 1),
+        workspace_bytes=workspace_bytes,
+    )
     tiles = [like.new_empty(min(rows_per_tile, num_rows) * block_words) for _ in range(num_tiles)]
     with disabled_autocast(hidden_w):
         for start, stop in blocks(better.num_words, block_words):

@@ -14,6 +14,8 @@ from inverseq_kernels.torch_head import MIN_ROWS, Head, blocks, matmul_into
 
 # Columns per elementwise pass where a pass needs a temporary of its own.
 PASS_COLUMNS = 2048
+# [A] vectors alive in one call beside its results.
+VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def plan_chunks(
     word_bytes = head.bytes_per_scratch_word()
     if needs[1] and weight.dtype != head.dtype:
         word_bytes += head.dim * size
+    workspace_bytes -= VECTORS * num_rows * size + head.bias_bytes()
     block_words = head.num_words
     if word_bytes:
         block_words = max(1, min(head.num_words, workspace_bytes // 4 // word_bytes))

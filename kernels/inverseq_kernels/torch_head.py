@@ -58,6 +58,10 @@ class Head:
         size = self.operand_dtype.itemsize + (self.read_dtype.itemsize if rounds else 0)
         return self.dim * size
 
+    def bias_bytes(self) -> int:
+        """Bytes of the bias and its removed words in the accumulation dtype, with what makes them."""
+        return 0 if self.bias is None else 4 * self.num_words * self.dtype.itemsize
+
     def weight_block(self, start: int, stop: int, block_words: int) -> Tensor:
         """[stop-start, D] of the weight as matmul operand; a view where nothing needs converting."""
         block = self.weight[start:stop]

@@ -20,18 +20,23 @@ from inverseq_kernels.torch_head import (
 
 # Rows per tile that keep a CPU matmul efficient; with fewer the vocabulary is cut into blocks instead.
 FORWARD_ROWS = 256
+# [A] vectors of one running log-sum-exp with labels, and what its last step makes of them.
+STATE_VECTORS = 8
 
 
-def plan_tiles(num_rows: int, heads: list[Head], tiles: int, workspace_bytes: int) -> tuple[int, int]:
+def plan_tiles(
+    num_rows: int, heads: list[Head], *, tiles: int, vectors: int, workspace_bytes: int
+) -> tuple[int, int]:
     """(rows, words) of a forward tile: all buffers together stay within the workspace.
 
     A quarter of the workspace goes to converted weight rows where a head needs them; ``tiles`` is the
-    number of [rows, words] buffers that are alive at once.
+    number of [rows, words] buffers and ``vectors`` that of [A] vectors that are alive at once.
     """
     num_words = heads[0].num_words
     size = heads[0].dtype.itemsize
     row_bytes = sum(2 * head.dim * head.operand_dtype.itemsize for head in heads) + 64
     word_bytes = sum(head.bytes_per_scratch_word() for head in heads)
+    workspace_bytes -= vectors * num_rows * size + sum(head.bias_bytes() for head in heads)
     block_words = num_words
     if word_bytes:
         block_words = max(1, min(num_words, workspace_bytes // 4 // word_bytes))
@@ -61,7 +66,13 @@ def logprob_forward(
     like = hidden.new_empty(0, dtype=head.dtype)
     state = OnlineLogSumExp(like, num_rows, want_entropy)
     labels = like.new_zeros(num_rows)
-    rows_per_tile, block_words = plan_tiles(num_rows, [head], 2 if want_entropy else 1, workspace_bytes)
+    rows_per_tile, block_words = plan_tiles(
+        num_rows,
+        [head],
+        tiles=2 if want_entropy else 1,
+        vectors=STATE_VECTORS,
+        workspace_bytes=workspace_bytes,
+    )
     tile_size = min(rows_per_tile, num_rows) * block_words
     tile, scratch = like.new_empty(tile_size), like.new_empty(tile_size if want_entropy else 0)
     with disabled_autocast(hidden):
