@@ -1,41 +1,37 @@
 """Files of answered prompts in the run directory, and their readers.
 
     RUN/samples/epoch_0001.jsonl   what an epoch sampled, with the regression target of every token
-    RUN/held_out.jsonl             the held-out prompts and the initial model's responses, made once
+    RUN/held_out.jsonl             the same of the held-out prompts, answered once by the initial model
     RUN/eval/epoch_0000.jsonl      answers to the fixed test prompts; epoch 0 is the initial model
 
-A row of the first two is a whole ``Sample``: reading gives back what was written, bit for bit (a float32 is written
-as the double of the same value; a log-probability that is not finite is written as the string "-inf" or "nan").
+A row of the first two is a whole ``Sample`` with its targets: reading gives back what was written, bit for bit (a
+float32 is written as the double of the same value; one that is not finite as the string "-inf", "inf" or "nan").
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .atomic import read_jsonl, write_jsonl
 from .records import Prompt, RenderedPrompt, Response, Sample, ScoredSamples
 
 __all__ = [
-    "Decode",
     "eval_path",
     "held_out_path",
-    "read_eval_rows",
+    "read_evaluation",
     "read_samples",
-    "read_scored_samples",
     "samples_path",
-    "write_eval_rows",
+    "write_evaluation",
     "write_samples",
-    "write_scored_samples",
 ]
-
-Decode = Callable[[np.ndarray], str]  # token ids [R] of a response to its text
 
 FINISH_REASONS = ("stop", "length")
 
@@ -52,18 +48,13 @@ def held_out_path(run_dir: Path | str) -> Path:
     return Path(run_dir) / "held_out.jsonl"
 
 
-def write_samples(path: Path | str, samples: Sequence[Sample], decode: Decode) -> None:
-    """Write samples without targets, in order."""
-    write_jsonl(path, (_sample_row(sample, decode) for sample in samples))
-
-
-def write_scored_samples(path: Path | str, scored: ScoredSamples, decode: Decode) -> None:
-    """Write samples with log π̂(y_t) as ``targets`` and log π_l(y_t) as ``plain_logprobs``."""
+def write_samples(path: Path | str, scored: ScoredSamples, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write samples in order, with log π̂(y_t) as ``targets`` and log π_l(y_t) as ``plain_logprobs``."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for index, sample in enumerate(scored.samples):
             actions = slice(int(scored.offsets[index]), int(scored.offsets[index + 1]))
-            row = _sample_row(sample, decode)
+            row = _sample_row(sample, _text(tokenizer, sample.response))
             row["targets"] = _floats_out(scored.targets[actions])
             row["plain_logprobs"] = _floats_out(scored.plain_logprobs[actions])
             yield row
@@ -71,30 +62,31 @@ def write_scored_samples(path: Path | str, scored: ScoredSamples, decode: Decode
     write_jsonl(path, rows())
 
 
-def read_samples(path: Path | str) -> list[Sample]:
-    """The samples of a file of either kind. ValueError names file and line of a row that is not a sample."""
-    samples = [_sample_in(_Row(path, number, row)) for number, row in read_jsonl(path)]
-    if not samples:
-        raise ValueError(f"{path}: no samples in this file")
-    return samples
+def read_samples(path: Path | str, prompts: Sequence[RenderedPrompt] | None = None) -> ScoredSamples:
+    """Samples with their targets, as ``write_samples`` got them; with ``prompts``, checked to answer exactly those.
 
-
-def read_scored_samples(path: Path | str) -> ScoredSamples:
-    """Samples with their targets, as ``write_scored_samples`` got them."""
+    Raises ValueError naming file and line of a row that is not a sample, or that answers another prompt.
+    """
     samples, targets, plain_logprobs = [], [], []
     for number, content in read_jsonl(path):
         row = _Row(path, number, content)
         sample = _sample_in(row)
+        if prompts is not None and number <= len(prompts):
+            row.require_prompt(sample.rendered, prompts[number - 1])
         samples.append(sample)
         targets.append(row.floats("targets", sample.num_actions))
         plain_logprobs.append(row.floats("plain_logprobs", sample.num_actions))
     if not samples:
         raise ValueError(f"{path}: no samples in this file")
+    if prompts is not None and len(samples) != len(prompts):
+        raise ValueError(f"{path}: {len(samples)} samples; expected {len(prompts)}, one per prompt")
     offsets = np.cumsum([0, *(sample.num_actions for sample in samples)], dtype=np.int64)
     return ScoredSamples(samples, torch.cat(targets), torch.cat(plain_logprobs), offsets)
 
 
-def write_eval_rows(path: Path | str, samples: Iterable[Sample], *, model: str, decode: Decode) -> None:
+def write_evaluation(
+    path: Path | str, samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase, *, model: str
+) -> None:
     """Write one row {id, messages, response, model, finish_reason, category?} per answered test prompt."""
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -103,7 +95,7 @@ def write_eval_rows(path: Path | str, samples: Iterable[Sample], *, model: str, 
             row = {
                 "id": prompt.id,
                 "messages": list(prompt.messages),
-                "response": decode(sample.response.token_ids),
+                "response": _text(tokenizer, sample.response),
                 "model": model,
                 "finish_reason": sample.response.finish_reason,
             }
@@ -112,7 +104,7 @@ def write_eval_rows(path: Path | str, samples: Iterable[Sample], *, model: str, 
     write_jsonl(path, rows())
 
 
-def read_eval_rows(path: Path | str) -> list[dict[str, Any]]:
+def read_evaluation(path: Path | str) -> list[dict[str, Any]]:
     """The rows of an evaluation file, checked. ValueError names file and line of one that lacks a field."""
     rows = []
     for number, content in read_jsonl(path):
@@ -124,7 +116,11 @@ def read_eval_rows(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def _sample_row(sample: Sample, decode: Decode) -> dict[str, Any]:
+def _text(tokenizer: PreTrainedTokenizerBase, response: Response) -> str:
+    return tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
+
+
+def _sample_row(sample: Sample, text: str) -> dict[str, Any]:
     rendered, response = sample.rendered, sample.response
     return {
         "prompt_id": rendered.prompt.id,
@@ -133,7 +129,7 @@ def _sample_row(sample: Sample, decode: Decode) -> dict[str, Any]:
         "prefix_ids": [ids.tolist() for ids in rendered.prefix_ids],
         "prompt_ids": rendered.prompt_ids.tolist(),
         "response_ids": response.token_ids.tolist(),
-        "response": decode(response.token_ids),
+        "response": text,
         "finish_reason": response.finish_reason,
         "seed": int(response.seed),
         "engine": response.engine,
@@ -193,6 +189,14 @@ class _Row:
         value = self.content[key]
         self.require(isinstance(value, kind) and not isinstance(value, bool), key, value, f"a {kind.__name__}")
         return value
+
+    def require_prompt(self, rendered: RenderedPrompt, expected: RenderedPrompt) -> None:
+        """Raise ValueError unless the row's prompt is the expected one, in every view."""
+        same = rendered.prompt.id == expected.prompt.id and len(rendered.prefix_ids) == len(expected.prefix_ids)
+        ours = (*rendered.prefix_ids, rendered.prompt_ids)
+        theirs = (*expected.prefix_ids, expected.prompt_ids)
+        if not (same and all(map(np.array_equal, ours, theirs))):
+            raise ValueError(f"{self.where}: answers prompt {rendered.prompt.id!r}, expected {expected.prompt.id!r}")
 
     def messages(self, key: str) -> list[dict[str, str]]:
         messages = self.field(key, list)

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,21 @@ from inverseq.records import Prompt, RenderedPrompt, Response, Sample, ScoredSam
 from inverseq.sample_files import (
     eval_path,
     held_out_path,
-    read_eval_rows,
+    read_evaluation,
     read_samples,
-    read_scored_samples,
     samples_path,
-    write_eval_rows,
+    write_evaluation,
     write_samples,
-    write_scored_samples,
 )
+from tests.tiny import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE_TEXTS = ['a "quote"\n\\ and\u2028line\x00', "العربية 🙂\ud83d", "", "<script>", "\r\n\ttext"]
 
 
-def decode(token_ids: np.ndarray) -> str:
-    return " ".join(str(token) for token in token_ids)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tiny_tokenizer()
 
 
 def make_samples(lengths=(3, 1, 0, 5), views=2) -> list[Sample]:
@@ -82,48 +83,56 @@ def assert_same_samples(got, expected):
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
-def test_samples_come_back_as_they_were_written(tmp_path, views):
-    samples = make_samples(views=views)
-    path = held_out_path(tmp_path)
-    write_samples(path, samples, decode)
-    assert_same_samples(read_samples(path), samples)
-
-
-def test_scored_samples_come_back_as_they_were_written(tmp_path):
-    scored = score(make_samples())
+def test_samples_come_back_as_they_were_written(tmp_path, tokenizer, views):
+    scored = score(make_samples(views=views))
     path = samples_path(tmp_path, 12)
     assert path == tmp_path / "samples" / "epoch_0012.jsonl"
-    write_scored_samples(path, scored, decode)
-    back = read_scored_samples(path)
+    write_samples(path, scored, tokenizer)
+    back = read_samples(path)
     assert_same_samples(back.samples, scored.samples)
     np.testing.assert_array_equal(back.offsets, scored.offsets)
     assert back.offsets.dtype == np.int64
     assert torch.equal(back.targets, scored.targets) and back.targets.dtype == torch.float32
     assert torch.equal(back.plain_logprobs, scored.plain_logprobs)
     assert not torch.equal(back.targets, back.plain_logprobs)
-    assert_same_samples(read_samples(path), scored.samples)
+
+
+def test_held_out_samples_must_answer_the_prompts_of_the_run(tmp_path, tokenizer):
+    samples = make_samples()
+    path = held_out_path(tmp_path)
+    write_samples(path, score(samples), tokenizer)
+    prompts = [sample.rendered for sample in samples]
+    assert_same_samples(read_samples(path, prompts).samples, samples)
+    with pytest.raises(ValueError, match=r"held_out\.jsonl, line 1: answers prompt 'p0', expected 'p3'"):
+        read_samples(path, prompts[::-1])
+    longer = replace(prompts[1], prompt_ids=np.append(prompts[1].prompt_ids, np.int32(7)))
+    with pytest.raises(ValueError, match=r"line 2: answers prompt 'p1'"):
+        read_samples(path, [prompts[0], longer, *prompts[2:]])
+    for wrong in (prompts[:-1], [*prompts, prompts[0]]):
+        with pytest.raises(ValueError, match=f"4 samples; expected {len(wrong)}"):
+            read_samples(path, wrong)
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
-def test_every_float32_survives_the_file_bit_for_bit(tmp_path_factory, values):
+def test_every_float32_survives_the_file_bit_for_bit(tmp_path_factory, tokenizer, values):
     path = tmp_path_factory.mktemp("floats") / "samples.jsonl"
     sample = make_samples(lengths=(len(values),))
     values = torch.tensor(values, dtype=torch.float32)
     scored = ScoredSamples(sample, values, values.flip(0), np.array([0, len(values)], dtype=np.int64))
-    write_scored_samples(path, scored, decode)
-    back = read_scored_samples(path)
+    write_samples(path, scored, tokenizer)
+    back = read_samples(path)
     for got, expected in ((back.targets, values), (back.plain_logprobs, values.flip(0))):
         assert torch.equal(got.isnan(), expected.isnan())
         real = ~expected.isnan()
         assert torch.equal(got.view(torch.int32)[real], expected.view(torch.int32)[real])  # -0.0 and subnormals too
 
 
-def test_every_line_is_strict_json_with_the_documented_fields(tmp_path):
+def test_every_line_is_strict_json_with_the_documented_fields(tmp_path, tokenizer):
     scored = score(make_samples())
     scored.targets[0] = -math.inf
     scored.targets[1] = math.nan
     path = samples_path(tmp_path, 1)
-    write_scored_samples(path, scored, decode)
+    write_samples(path, scored, tokenizer)
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -136,8 +145,8 @@ def test_every_line_is_strict_json_with_the_documented_fields(tmp_path):
         "prompt_id", "category", "messages", "prefix_ids", "prompt_ids", "response_ids", "response", "finish_reason",
         "seed", "engine", "engine_version", "weights_step", "targets", "plain_logprobs",
     }  # fmt: skip
-    assert rows[3]["response"] == decode(np.array(rows[3]["response_ids"]))
-    assert read_scored_samples(path).targets[0] == -math.inf
+    assert rows[3]["response"] == tokenizer.decode(rows[3]["response_ids"], skip_special_tokens=True) != ""
+    assert read_samples(path).targets[0] == -math.inf
 
 
 def spoil(path, line, **changes):
@@ -167,41 +176,40 @@ def spoil(path, line, **changes):
     ],
     ids=str,
 )
-def test_a_spoilt_row_is_an_error_with_file_line_and_field(tmp_path, changes):
+def test_a_spoilt_row_is_an_error_with_file_line_and_field(tmp_path, tokenizer, changes):
     path = samples_path(tmp_path, 1)
-    write_scored_samples(path, score(make_samples(lengths=(3, 3, 3))), decode)
+    write_samples(path, score(make_samples(lengths=(3, 3, 3))), tokenizer)
     spoil(path, 2, **changes)
     with pytest.raises(ValueError) as raised:
-        read_scored_samples(path)
+        read_samples(path)
     assert f"{path}, line 2" in str(raised.value) and next(iter(changes)) in str(raised.value)
 
 
-def test_a_cut_file_an_empty_file_and_a_missing_file_are_errors_that_name_the_file(tmp_path):
+def test_a_cut_file_an_empty_file_and_a_missing_file_are_errors_that_name_the_file(tmp_path, tokenizer):
     path = samples_path(tmp_path, 1)
-    write_scored_samples(path, score(make_samples()), decode)
+    write_samples(path, score(make_samples()), tokenizer)
     content = path.read_bytes()
     path.write_bytes(content[:-40])
     with pytest.raises(ValueError, match=r"epoch_0001\.jsonl, line 4: not JSON"):
         read_samples(path)
     path.write_bytes(b"")
-    for read in (read_samples, read_scored_samples):
-        with pytest.raises(ValueError, match=r"epoch_0001\.jsonl: no samples"):
-            read(path)
+    with pytest.raises(ValueError, match=r"epoch_0001\.jsonl: no samples"):
+        read_samples(path)
     with pytest.raises(ValueError, match=r"epoch_0002\.jsonl: no such file"):
         read_samples(samples_path(tmp_path, 2))
 
 
-def test_eval_rows_hold_what_a_judge_reads_and_category_only_where_there_is_one(tmp_path):
+def test_eval_rows_hold_what_a_judge_reads_and_category_only_where_there_is_one(tmp_path, tokenizer):
     samples = make_samples()
     path = eval_path(tmp_path, 0)
-    write_eval_rows(path, samples, model="tiny", decode=decode)
-    rows = read_eval_rows(path)
+    write_evaluation(path, samples, tokenizer, model="tiny")
+    rows = read_evaluation(path)
     assert path == tmp_path / "eval" / "epoch_0000.jsonl"
     assert [row["id"] for row in rows] == ["p0", "p1", "p2", "p3"]
     assert rows[3] == {
         "id": "p3",
         "messages": list(samples[3].rendered.prompt.messages),
-        "response": decode(samples[3].response.token_ids),
+        "response": tokenizer.decode(samples[3].response.token_ids, skip_special_tokens=True),
         "model": "tiny",
         "finish_reason": "length",
         "category": samples[3].rendered.prompt.category,
@@ -209,21 +217,18 @@ def test_eval_rows_hold_what_a_judge_reads_and_category_only_where_there_is_one(
     assert "category" not in rows[0]
     spoil(path, 3, response=None)
     with pytest.raises(ValueError, match=r"epoch_0000\.jsonl, line 3: no field 'response'"):
-        read_eval_rows(path)
+        read_evaluation(path)
 
 
-def test_an_error_while_rows_are_made_leaves_the_older_file_and_no_litter(tmp_path):
+def test_an_error_while_rows_are_made_leaves_the_older_file_and_no_litter(tmp_path, tokenizer):
     path = samples_path(tmp_path, 1)
-    write_samples(path, make_samples(), decode)
+    write_samples(path, score(make_samples()), tokenizer)
     before = path.read_bytes()
 
-    def fails_late(token_ids):
-        if len(token_ids) == 5:
-            raise KeyError("decode")
-        return ""
-
-    with pytest.raises(KeyError):
-        write_samples(path, make_samples(), fails_late)
+    spoilt = score(make_samples())
+    spoilt.samples[3].rendered.prompt.messages[0]["content"] = b"bytes are not JSON"
+    with pytest.raises(TypeError):
+        write_samples(path, spoilt, tokenizer)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -233,13 +238,13 @@ import resource, signal, sys
 from tests.test_sample_files import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-write_scored_samples(sys.argv[1], score(make_samples(lengths=(2000,))), decode)
+write_samples(sys.argv[1], score(make_samples(lengths=(2000,))), make_tiny_tokenizer())
 """
 
 
-def test_a_full_disk_is_one_error_naming_the_file_and_the_older_file_stays(tmp_path):
+def test_a_full_disk_is_one_error_naming_the_file_and_the_older_file_stays(tmp_path, tokenizer):
     path = samples_path(tmp_path, 1)
-    write_samples(path, make_samples(), decode)
+    write_samples(path, score(make_samples()), tokenizer)
     before = path.read_bytes()
     done = subprocess.run([sys.executable, "-c", FULL_DISK, path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
