@@ -1,9 +1,8 @@
 """Checkpoints: everything a run needs to go on bit for bit after an epoch.
 
     RUN/checkpoints/epoch_0001/model.safetensors   weights and buffers; tied ones once
-                               optimizer.pt        engine or optimizer state     } loaded with weights_only=True
-                               scheduler.pt        where there is a scheduler    }
-                               rng.pt              torch (CPU, CUDA), Python and NumPy generators
+                               engine.pt           optimizer, scheduler, master weights  } loaded with
+                               rng.pt              torch (CPU, CUDA), Python, NumPy      } weights_only=True
                                state.json          epoch, progress, versions, size and crc32 of every file
 
 A checkpoint is written into a hidden folder, synced and renamed, so that ``epoch_NNNN`` is complete or absent; older
@@ -20,7 +19,7 @@ import re
 import zlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,6 @@ from . import __version__
 from .atomic import atomic_directory, naming_file, remove_directory
 
 __all__ = [
-    "Stateful",
     "check_checkpoint",
     "checkpoint_epoch",
     "latest_checkpoint",
@@ -44,17 +42,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-MODEL_FILE, OPTIMIZER_FILE, SCHEDULER_FILE, RNG_FILE = "model.safetensors", "optimizer.pt", "scheduler.pt", "rng.pt"
-STATE_FILE = "state.json"
+MODEL_FILE, ENGINE_FILE, RNG_FILE, STATE_FILE = "model.safetensors", "engine.pt", "rng.pt", "state.json"
 CHECKSUM_BLOCK_BYTES = 2**24
-
-
-class Stateful(Protocol):
-    """An optimizer, a scheduler, or an engine that holds both. Its state is tensors and plain Python values."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 def checkpoint_epoch(path: Path | str) -> int:
@@ -85,34 +74,30 @@ def save_checkpoint(
     epoch: int,
     *,
     model: nn.Module,
-    optimizer: Stateful,
-    scheduler: Stateful | None = None,
+    engine_state: dict[str, Any],
     progress: dict[str, Any],
     keep_last: int,
 ) -> Path:
     """Write ``RUN/checkpoints/epoch_NNNN`` and return it; the newest ``keep_last`` stay.
 
-    ``progress`` is what the trainer needs besides tensors (prompt cursor, optimizer step, configuration fingerprint):
-    plain JSON values. Checkpoints of later epochs, from which the run was taken back, are removed too.
+    ``engine_state`` holds tensors and plain Python values; ``progress`` (prompt cursor, optimizer step) plain JSON
+    values. Checkpoints of later epochs, from which the run was taken back, are removed too.
     Raises OSError naming the file when it cannot be written; the older checkpoints then stand as they were.
     """
     if json.loads(json.dumps(progress)) != progress:
         raise ValueError("progress: expected plain JSON values (lists, not tuples; text keys), which come back equal")
     path = Path(run_dir) / "checkpoints" / f"epoch_{epoch:04d}"
     _remove_half_written(path.parent)
-    states = {OPTIMIZER_FILE: optimizer.state_dict(), RNG_FILE: _rng_state()}
-    if scheduler is not None:
-        states[SCHEDULER_FILE] = scheduler.state_dict()
     with atomic_directory(path) as folder:
         _write_tensors(folder, path, _named_tensors(model))
-        for name, state in states.items():
-            _write_state(folder, path, name, state)
+        _write_state(folder, path, ENGINE_FILE, engine_state)
+        _write_state(folder, path, RNG_FILE, _rng_state())
         content = {
             "format": FORMAT,
             "epoch": epoch,
             "progress": progress,
             "versions": _versions(),
-            "files": {name: _description(folder / name) for name in (MODEL_FILE, *states)},
+            "files": {name: _description(folder / name) for name in (MODEL_FILE, ENGINE_FILE, RNG_FILE)},
         }
         content["crc32"] = _content_crc32(content)
         with naming_file(path / STATE_FILE):
@@ -122,34 +107,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path | str,
-    *,
-    model: nn.Module,
-    optimizer: Stateful,
-    scheduler: Stateful | None = None,
-    map_location: Any = "cpu",
-) -> dict[str, Any]:
-    """Restore the model, optimizer, scheduler and random generators bit for bit and return the saved ``progress``.
+    path: Path | str, *, model: nn.Module, map_location: Any = "cpu"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore the model's tensors and the random generators bit for bit; return (engine_state, progress) as saved.
 
     Everything is checked before anything is changed. A missing, short or altered file raises ValueError naming it and
     the older complete checkpoint, as do weights whose names, shapes or dtypes are not the model's.
     """
     path = Path(path)
     content = _checked_or_older(path)
-    if (scheduler is not None) != (SCHEDULER_FILE in content["files"]):
-        saved = "with" if scheduler is None else "without"
-        raise ValueError(f"{path}: saved {saved} a scheduler, which the run does not match")
-    states = {
-        name: torch.load(path / name, map_location=map_location, weights_only=True)
-        for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
-        if name in content["files"]
-    }
+    engine_state = torch.load(path / ENGINE_FILE, map_location=map_location, weights_only=True)
+    rng_state = torch.load(path / RNG_FILE, map_location="cpu", weights_only=True)
     _read_tensors(path / MODEL_FILE, _named_tensors(model))
-    optimizer.load_state_dict(states[OPTIMIZER_FILE])
-    if scheduler is not None:
-        scheduler.load_state_dict(states[SCHEDULER_FILE])
-    _restore_rng(torch.load(path / RNG_FILE, map_location="cpu", weights_only=True))
-    return content["progress"]
+    _restore_rng(rng_state)
+    return engine_state, content["progress"]
 
 
 def check_checkpoint(path: Path | str) -> dict[str, Any]:
