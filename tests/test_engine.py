@@ -1,0 +1,169 @@
+"""One update of the engine equals plain PyTorch on full logits, however the step is packed."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from inverseq.attention import ATTENTION_NAME
+from inverseq.config import EngineConfig, ModelConfig, OptimConfig, PackingConfig
+from inverseq.engine import NonFiniteError, TorchEngine, learning_rate_factor
+from inverseq.model import load_model
+from inverseq.policy import Policy
+from inverseq.records import ScoredSamples
+from inverseq.steps import plan_steps, step_sizes
+from tests.tiny import make_tiny_model
+from tests.tiny_samples import full_logprobs, make_samples, superior_logprobs
+
+MODEL = ModelConfig(path="tiny", device="cpu", dtype="float32")
+OPTIM = OptimConfig(lr=1e-3, eps=1e-3, samples_per_step=4, max_grad_norm=1.0)  # eps: no division by rounding noise
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request, tmp_path_factory):
+    path = make_tiny_model(tmp_path_factory.mktemp("model"), tied=request.param, scale=0.3)
+    return load_model(path, MODEL)
+
+
+def scored_samples(model, count=6, alpha=1.4) -> ScoredSamples:
+    samples = make_samples(count)
+    targets, plain = superior_logprobs(model, model, samples, alpha)
+    model.set_attn_implementation(ATTENTION_NAME)
+    offsets = torch.tensor([0, *(s.num_actions for s in samples)]).cumsum(0).numpy()
+    return ScoredSamples(samples, targets.float(), plain.float(), offsets)
+
+
+def make_engine(model, optim=OPTIM) -> TorchEngine:
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation(ATTENTION_NAME)
+    return TorchEngine(Policy(copied, 512, EngineConfig()), optim, total_updates=10)
+
+
+def run(model, scored, optim=OPTIM, budget=64):
+    engine = make_engine(model, optim)
+    metrics = [engine.train_step(step) for step in plan_steps(scored, optim, PackingConfig(train_tokens=budget))]
+    return engine, metrics
+
+
+def reference_step(model, scored, optim: OptimConfig):
+    """The first step with full logits, one sequence at a time, and torch's own AdamW."""
+    reference = copy.deepcopy(model)
+    settings = dict(lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(reference.parameters(), **settings)
+    count = optim.samples_per_step
+    total = torch.zeros(())
+    lengths = [sample.num_actions for sample in scored.samples[:count]]
+    for i, sample in enumerate(scored.samples[:count]):
+        with torch.enable_grad():
+            logprobs_RV = full_logprobs.__wrapped__(reference, sample, -1).float()
+        token_ids = torch.from_numpy(sample.response.token_ids).long()
+        policy = logprobs_RV.gather(1, token_ids[:, None])[:, 0]
+        squared = (scored.targets[scored.offsets[i] : scored.offsets[i + 1]] - policy).square()
+        weight = {"token_mean": 1 / sum(lengths), "sum": 1.0, "sequence_mean": 1 / lengths[i] / count}
+        total = total + squared.sum() * weight[optim.loss_reduction]
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.max_grad_norm)
+    optimizer.step()
+    return reference, total.item(), norm.item()
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sum", "sequence_mean"])
+def test_a_step_equals_plain_pytorch(model, reduction):
+    optim = replace(OPTIM, loss_reduction=reduction)
+    scored = scored_samples(model)
+    engine = make_engine(model, optim)
+    metrics = engine.train_step(plan_steps(scored, optim, PackingConfig(train_tokens=48))[0])
+    reference, loss, norm = reference_step(model, scored, optim)
+    assert metrics.loss == pytest.approx(loss, rel=1e-4)
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+    for ours, theirs in zip(engine.policy.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_pack_size_does_not_change_the_trajectory(model):
+    scored = scored_samples(model, count=10)
+    (_, few), (_, many) = run(model, scored, budget=1024), run(model, scored, budget=40)
+    assert [m.loss for m in few] == pytest.approx([m.loss for m in many], rel=1e-4)
+    assert [m.rms_log_ratio for m in few] == pytest.approx([m.rms_log_ratio for m in many], rel=1e-4)
+
+
+def test_targets_equal_to_the_policy_give_no_loss_and_no_gradient(model):
+    scored = scored_samples(model)
+    engine = make_engine(model)
+    steps = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))
+    with torch.no_grad():
+        own = [engine.policy.logprobs(pack) for pack in steps[0].packs]
+    metrics = engine.train_step(replace(steps[0], targets=own))
+    assert metrics.loss < 1e-9
+    assert metrics.grad_norm < 1e-4
+
+
+def test_metrics_are_those_of_the_formula(model):
+    scored = scored_samples(model, count=4)
+    _, (metrics,) = run(model, scored)
+    ratio = (scored.targets - scored.plain_logprobs).double()
+    assert metrics.mean_log_ratio == pytest.approx(ratio.mean().item(), rel=1e-3)
+    assert metrics.rms_log_ratio == pytest.approx(ratio.square().mean().sqrt().item(), rel=1e-4)
+    assert metrics.kl_to_plain == pytest.approx(0.0, abs=1e-5)
+    assert metrics.loss == pytest.approx(metrics.rms_log_ratio**2, rel=1e-4)
+
+
+def test_a_non_finite_loss_stops_before_the_update(model):
+    scored = scored_samples(model)
+    engine = make_engine(model)
+    step = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))[0]
+    step.targets[0][0] = float("inf")
+    before = [p.detach().clone() for p in engine.policy.parameters()]
+    with pytest.raises(NonFiniteError, match="optimizer step 1"):
+        engine.train_step(step)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.policy.parameters(), strict=True))
+    assert engine.num_updates == 0
+    assert not engine.optimizer.state
+
+
+def test_bfloat16_weights_keep_updates_below_their_resolution(model):
+    scored = scored_samples(model)
+    engine = make_engine(copy.deepcopy(model).bfloat16(), replace(OPTIM, lr=1e-6))
+    for step in plan_steps(scored, OPTIM, PackingConfig(train_tokens=64)) * 2:
+        engine.train_step(step)
+    moved = max((m - w.float()).abs().max().item() for w, m in zip(engine.weights, engine.masters, strict=True))
+    assert moved > 1e-6
+
+
+def test_state_restores_bitwise(model):
+    scored = scored_samples(model, count=8)
+    steps = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))
+    straight = make_engine(model)
+    straight.train_step(steps[0])
+    resumed = make_engine(straight.policy.model)
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    expected, actual = straight.train_step(steps[1]), resumed.train_step(steps[1])
+    assert (expected.loss, expected.grad_norm) == (actual.loss, actual.grad_norm)
+    for a, b in zip(straight.policy.parameters(), resumed.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_warms_up_and_decays():
+    constant = [learning_rate_factor(u, 10, OptimConfig(warmup_steps=3)) for u in range(5)]
+    assert constant == [0.25, 0.5, 0.75, 1.0, 1.0]
+    linear = [learning_rate_factor(u, 4, OptimConfig(schedule="linear")) for u in range(5)]
+    assert linear == [1.0, 0.75, 0.5, 0.25, 0.0]
+    cosine = [learning_rate_factor(u, 2, OptimConfig(schedule="cosine")) for u in range(3)]
+    assert cosine == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+
+
+def test_step_sizes_keep_every_sample():
+    assert step_sizes(500, 16) == [16] * 31 + [4]
+    assert step_sizes(3, 16) == [3]
+
+
+def test_plan_steps_covers_every_action_once_and_ranks_stay_in_step(model):
+    scored = scored_samples(model, count=9)
+    ranks = [plan_steps(scored, OPTIM, PackingConfig(train_tokens=48), num_ranks=4, rank=r) for r in range(4)]
+    for index, per_rank in enumerate(zip(*ranks, strict=True)):
+        assert len({len(step.packs) for step in per_rank}) == 1
+        assert len({step.denominator for step in per_rank}) == 1
+        weights = sum(w.sum().item() for step in per_rank for w in step.loss_weights)
+        assert math.isclose(weights, per_rank[0].denominator), f"step {index}"
