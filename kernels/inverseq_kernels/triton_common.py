@@ -56,13 +56,19 @@ class CompileCase:
     divisible: tuple[str, ...] = field(default=())  # arguments that are multiples of 16 when launched
 
 
-def choose_blocks(op: str, capability: int, dtype: torch.dtype) -> Blocks:
-    """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter."""
+def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = True) -> Blocks:
+    """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter.
+
+    ``aligned`` is ``is_aligned`` of the matrices; without it neither TMA nor asynchronous copies can load a
+    tile, every element goes through registers, and only small tiles leave room for that.
+    """
     if capability == 0:
         return Blocks(32, 128, 64, num_warps=4, num_stages=1)
     two_accumulators = op == CONTRAST_PAIR
     if dtype == torch.float32:
         return Blocks(64, 32 if two_accumulators else 64, 32, num_warps=4, num_stages=2)
+    if not aligned:
+        return Blocks(64, 64 if two_accumulators else 128, 32, num_warps=4, num_stages=2)
     if capability < 90:
         if two_accumulators:
             return Blocks(128, 128, 32, num_warps=8, num_stages=3)
@@ -279,12 +285,16 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def can_use_tma(*matrices: Tensor) -> bool:
-    """Whether row-major matrices meet TMA's rules: base and row pitch multiples of 16 bytes."""
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether row-major matrices can be loaded in 16-byte pieces that the compiler knows of, or by TMA."""
     return all(
-        matrix.data_ptr() % 16 == 0 and (matrix.shape[1] * matrix.element_size()) % 16 == 0 and matrix.shape[1] > 0
-        for matrix in matrices
+        matrix.data_ptr() % 16 == 0 and matrix.shape[1] % 16 == 0 and matrix.shape[1] > 0 for matrix in matrices
     )
+
+
+def can_use_tma(*matrices: Tensor) -> bool:
+    """Whether row-major matrices meet TMA's rules, which ``is_aligned`` includes."""
+    return is_aligned(*matrices)
 
 
 def tile_source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
