@@ -122,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def describe_options() -> str:
     """Every option of the configuration with its default and help text, section by section."""
-    lines = ["options of the configuration, with the value an option takes when neither file nor command line sets it:"]
+    lines = ["options of the configuration, with their defaults (recipes set values of their own):"]
     section = None
     for key, _, default, help_text in iter_options():
         if key.rpartition(".")[0] != section:
@@ -132,10 +132,8 @@ def describe_options() -> str:
         wrapped = textwrap.wrap(help_text, HELP_WIDTH - 42)
         lines.append(f"{left:<41} {wrapped[0]}" if len(left) < 41 else f"{left}\n{'':41} {wrapped[0]}")
         lines += [f"{'':41} {line}" for line in wrapped[1:]]
-    lines += [
-        "",
-        "Values may refer to others: run_dir='runs/alpha-${contrast.alpha}'. INVERSEQ_DEBUG=1 shows tracebacks.",
-    ]
+    lines += ["", "A value may refer to others: run_dir='runs/alpha-${contrast.alpha}'."]
+    lines += ["With INVERSEQ_DEBUG=1 in the environment an error shows its traceback."]
     return "\n".join(lines)
 
 

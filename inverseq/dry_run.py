@@ -14,7 +14,7 @@ import torch
 
 from .config import Config
 from .config_loading import to_yaml
-from .memory import PHASES, MemoryPart, available_bytes, estimate_memory, model_size, peak_of_phases
+from .memory import PHASES, MemoryPart, available_bytes, estimate_memory, model_size, needed_bytes, peak_of_phases
 from .model import resolve_device, resolve_dtype
 from .packing import plan_packs, view_lengths
 from .records import Response, Sample
@@ -73,10 +73,18 @@ def describe_memory(resolved: Resolved) -> str:
     weight_bytes = torch.empty(0, dtype=resolve_dtype(config.model, device)).element_size()
     trust = config.model.trust_remote_code
     policy = model_size(resolved.model_config, trust_remote_code=trust)
-    plain = resolved.plain_model_config and model_size(resolved.plain_model_config, trust_remote_code=trust)
-    parts = estimate_memory(config, policy, plain or None, weight_bytes=weight_bytes, device_type=device.type)
-    available = available_bytes(device.type)
-    largest = max(peak_of_phases(parts).values())
+    plain = None
+    if resolved.plain_model_config is not None:
+        plain = model_size(resolved.plain_model_config, trust_remote_code=trust)
+    parts = estimate_memory(
+        config,
+        policy,
+        plain,
+        weight_bytes=weight_bytes,
+        device_type=device.type,
+        longest_prompt=resolved.prompts.report.longest_tokens,
+    )
+    available, largest = available_bytes(device.type), needed_bytes(parts, device.type)
     verdict = "fits" if largest < available else "DOES NOT FIT"
     return "\n".join(
         [

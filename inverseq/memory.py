@@ -2,9 +2,8 @@
 
 Every part is a stated formula of the models' shapes and the configuration. P is the number of parameters, b the bytes
 of a weight (4 in fp32, 2 in bf16), the other letters are the project's legend (T tokens of a pack, D, V) with I the
-MLP's width and Q and KV the
-widths of all query and key heads. Left out: what torch itself takes (about 0.5 GiB on a CPU, 1 GiB on
-CUDA), fragmentation, and the temporaries of single operations.
+MLP's width and Q and KV the widths of all query and key heads. Left out: what torch itself takes (about 0.5 GiB on a
+CPU, 1 GiB on CUDA), fragmentation, and the temporaries of single operations.
 """
 
 from __future__ import annotations
@@ -26,11 +25,13 @@ __all__ = [
     "available_bytes",
     "estimate_memory",
     "model_size",
+    "needed_bytes",
     "peak_of_phases",
 ]
 
 PHASES = ("sample", "score", "train")
 FP32 = 4
+CACHE = "keys and values, sampling"
 DEFAULT_WORKSPACE_MIB = {"cuda": 512, "cpu": 256}
 
 
@@ -91,7 +92,13 @@ def activation_bytes_per_token(size: ModelSize, weight_bytes: int, *, checkpoint
 
 
 def estimate_memory(
-    config: Config, policy: ModelSize, plain: ModelSize | None, *, weight_bytes: int, device_type: str
+    config: Config,
+    policy: ModelSize,
+    plain: ModelSize | None = None,
+    *,
+    weight_bytes: int,
+    device_type: str,
+    longest_prompt: int,
 ) -> list[MemoryPart]:
     """The parts of one process's memory; ``plain`` is π_l's size for the model contrast, else None."""
     b, count = weight_bytes, policy.num_parameters
@@ -105,12 +112,12 @@ def estimate_memory(
     ]
     if plain is not None:
         parts.append(MemoryPart("frozen plain model", plain.num_parameters * b, PHASES, "P·b of π_l"))
-    return parts + activation_parts(config, policy, b) + operation_parts(config, policy, b, device_type)
+    return parts + activation_parts(config, policy, b, longest_prompt) + operation_parts(config, policy, b, device_type)
 
 
-def activation_parts(config: Config, policy: ModelSize, b: int) -> list[MemoryPart]:
+def activation_parts(config: Config, policy: ModelSize, b: int, longest_prompt: int) -> list[MemoryPart]:
     """What grows with the tokens held at once: keys and values, and the activations of a pack."""
-    sampled = config.sampling.batch_size * (config.prompts.max_prompt_tokens + config.sampling.max_new_tokens)
+    sampled = config.sampling.batch_size * (longest_prompt + config.sampling.max_new_tokens)
     checkpointing = config.model.gradient_checkpointing
     train = activation_bytes_per_token(policy, b, checkpointing=checkpointing) * config.packing.train_tokens
     score = (3 * policy.intermediate + 4 * policy.hidden) * b * config.packing.score_tokens
@@ -121,8 +128,8 @@ def activation_parts(config: Config, policy: ModelSize, b: int) -> list[MemoryPa
     ]
     if config.sampling.backend == "transformers":
         cache = 2 * policy.num_layers * policy.key_value_width * b * sampled
-        formula = "2·layers·KV·b·batch_size·(prompt + response)"
-        parts.append(MemoryPart("keys and values, sampling", cache, ("sample",), formula))
+        formula = "2·layers·KV·b·batch_size·(longest prompt + max_new_tokens)"
+        parts.append(MemoryPart(CACHE, cache, ("sample",), formula))
     return parts
 
 
@@ -139,6 +146,11 @@ def operation_parts(config: Config, policy: ModelSize, b: int, device_type: str)
 def peak_of_phases(parts: Sequence[MemoryPart]) -> dict[str, int]:
     """Estimated bytes held in each phase."""
     return {phase: sum(part.num_bytes for part in parts if phase in part.phases) for phase in PHASES}
+
+
+def needed_bytes(parts: Sequence[MemoryPart], device_type: str) -> int:
+    """The largest phase. On CUDA the sampler's cache is not counted: it takes what is free and queues the rest."""
+    return max(peak_of_phases([p for p in parts if device_type != "cuda" or p.name != CACHE]).values())
 
 
 def available_bytes(device_type: str) -> int:

@@ -244,14 +244,19 @@ def view_lengths_of(item: RenderedPrompt) -> list[int]:
     return [len(prefix) + len(item.prompt_ids) for prefix in item.prefix_ids]
 
 
+def read_tokens(config: Config) -> int:
+    """Tokens of the longest response that a model reads: its last one is only predicted."""
+    return config.sampling.max_new_tokens - 1
+
+
 def check_lengths(config: Config, items: Sequence[RenderedPrompt]) -> None:
     """Raise ValueError when the longest sample that can arise exceeds a packing budget."""
-    response = config.sampling.max_new_tokens
+    response = read_tokens(config)
     plain = max(len(item.policy_ids) for item in items)
     if plain + response > config.packing.train_tokens:
         raise ValueError(
             f"packing.train_tokens={config.packing.train_tokens}: expected at least {plain + response}, for the "
-            f"longest prompt of {plain} tokens and a response of sampling.max_new_tokens={response}"
+            f"longest prompt of {plain} tokens with sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
     views = [[length + response for length in view_lengths_of(item)] for item in items]
     together = config.contrast.kind == "principle"  # views of one model stand in one pack, of two models apart
@@ -259,8 +264,8 @@ def check_lengths(config: Config, items: Sequence[RenderedPrompt]) -> None:
     if needed > config.packing.score_tokens:
         raise ValueError(
             f"packing.score_tokens={config.packing.score_tokens}: expected at least {needed}, for "
-            f"{'all views' if together else 'the longest view'} of the longest prompt, each with a response of "
-            f"sampling.max_new_tokens={response}"
+            f"{'all views' if together else 'the longest view'} of the longest prompt "
+            f"with sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
 
 
@@ -268,7 +273,7 @@ def check_positions(config: Config, items: Sequence[RenderedPrompt], path: str, 
     """Raise ValueError when the longest view with its response exceeds the positions that a model knows."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     longest = max(max(view_lengths_of(item)) for item in items)
-    needed = longest + config.sampling.max_new_tokens
+    needed = longest + read_tokens(config)
     if limit is not None and needed > limit:
         raise ValueError(
             f"sampling.max_new_tokens={config.sampling.max_new_tokens}: the longest view of {longest} tokens and a "

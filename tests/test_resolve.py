@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from inverseq.config_loading import load_config
 from inverseq.model import action_hidden, check_head, load_model
+from inverseq.packing import view_lengths
+from inverseq.records import Response, Sample
 from inverseq.resolve import resolve, resolve_model_path
 from inverseq.small_model import MODEL_NAME
 from tests.tiny import make_tiny_model
@@ -18,19 +22,29 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     make_tiny_model(root / "tiny")
     make_tiny_model(root / "sft", seed=1)
-    make_tiny_model(root / "short", max_positions=400)
+    make_tiny_model(root / "short", max_positions=300)
     make_tiny_model(root / "other-words", vocab=500)
+    rows = [{"prompt": "please explain water " * (1 + index)} for index in range(12)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
 @pytest.fixture
 def variant(models, tmp_path):
     """A copy of the tiny model whose files the test may change."""
+    shutil.copy(models / "prompts.jsonl", tmp_path)
     return shutil.copytree(models / "tiny", tmp_path / "variant")
 
 
 def config_for(tmp_path, model, *overrides):
-    return load_config("demo", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", *overrides])
+    defaults = {
+        "model.path": model,
+        "run_dir": tmp_path / "run",
+        "prompts.path": Path(model).parent / "prompts.jsonl",
+        "prompts.held_out": 4,
+    }
+    words = [f"{key}={value}" for key, value in defaults.items() if not any(o.startswith(f"{key}=") for o in overrides)]
+    return load_config("demo", [*words, *overrides])
 
 
 def error_of(config):
@@ -44,10 +58,10 @@ def edit_json(path, **changes):
 
 
 def test_a_checked_run_holds_what_the_trainer_needs_and_nothing_is_written(models, tmp_path):
-    resolved = resolve(config_for(tmp_path, models / "tiny", "evaluation.every=1", "evaluation.num_prompts=5"))
+    resolved = resolve(config_for(tmp_path, models / "tiny", "evaluation.every=1", "evaluation.num_prompts=3"))
     assert resolved.model_path == str(models / "tiny") and resolved.plain_model_path is None
     assert resolved.num_valid_vocab == 512
-    assert len(resolved.prompts.held_out) == 16 and len(resolved.test_prompts) == 5
+    assert len(resolved.prompts.held_out) == 4 and len(resolved.test_prompts) == 3
     first = resolved.prompts.next(1)[0]
     better, plain = first.prefix_ids
     assert len(better) > len(plain) > 0  # the principle, and the explicit empty system message
@@ -144,18 +158,29 @@ def test_the_shipped_small_model_is_found_in_the_cache_or_says_how_to_fetch_it(t
 
 def test_a_sample_that_fits_no_pack_is_refused_before_work(models, tmp_path):
     longest = max(len(item.policy_ids) for item in stream_items(config_for(tmp_path, models / "tiny")))
-    fits, too_small = f"packing.train_tokens={longest + 48}", f"packing.train_tokens={longest + 47}"
+    fits, too_small = f"packing.train_tokens={longest + 47}", f"packing.train_tokens={longest + 46}"
     resolve(config_for(tmp_path, models / "tiny", fits))
     message = error_of(config_for(tmp_path, models / "tiny", too_small))
-    assert "packing.train_tokens" in message and f"at least {longest + 48}" in message
+    assert "packing.train_tokens" in message and f"at least {longest + 47}" in message
 
 
 def test_all_views_of_a_sample_must_fit_one_scoring_pack(models, tmp_path):
     items = stream_items(config_for(tmp_path, models / "tiny"))
-    needed = max(sum(len(prefix) + len(item.prompt_ids) + 48 for prefix in item.prefix_ids) for item in items)
+    needed = max(sum(len(prefix) + len(item.prompt_ids) + 47 for prefix in item.prefix_ids) for item in items)
     resolve(config_for(tmp_path, models / "tiny", f"packing.score_tokens={needed}"))
     message = error_of(config_for(tmp_path, models / "tiny", f"packing.score_tokens={needed - 1}"))
     assert "packing.score_tokens" in message and f"at least {needed}" in message
+
+
+def test_the_budgets_asked_for_are_those_the_packer_needs(models, tmp_path):
+    items = stream_items(config_for(tmp_path, models / "tiny"))
+    response = Response(np.zeros(48, np.int32), "length", 0, "longest", "", 0)
+    samples = [Sample(item, response) for item in items]
+    plain, both = (int(view_lengths(samples, views).max()) for views in ((-1,), (0, -1)))
+    budgets = f"packing.train_tokens={plain}", f"packing.score_tokens={both}"
+    resolve(config_for(tmp_path, models / "tiny", *budgets))
+    for budget in (f"packing.train_tokens={plain - 1}", f"packing.score_tokens={both - 1}"):
+        assert budget.partition("=")[0] in error_of(config_for(tmp_path, models / "tiny", budget))
 
 
 def stream_items(config):
@@ -165,7 +190,7 @@ def stream_items(config):
 
 def test_the_longest_view_must_fit_the_models_positions(models, tmp_path):
     message = error_of(config_for(tmp_path, models / "short"))
-    assert "sampling.max_new_tokens=48" in message and "has 400" in message
+    assert "sampling.max_new_tokens=48" in message and "has 300" in message
 
 
 def test_test_prompts_come_from_their_own_file_and_long_ones_are_dropped(models, tmp_path, caplog):
@@ -189,7 +214,7 @@ def test_devices_packages_and_folders_that_are_not_there_are_named(models, tmp_p
         ("prompts.path=none.jsonl",): "none.jsonl",
         ("contrast.principle=unknown",): "contrast.principle='unknown'",
         ("model.chat_template=unknown",): "model.chat_template='unknown'",
-        ("prompts.held_out=127",): "prompts.held_out=127",
+        ("prompts.held_out=12",): "prompts.held_out=12",
     }
     if not torch.cuda.is_available():
         rows |= {

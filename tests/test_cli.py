@@ -1,0 +1,127 @@
+"""The command line: help that lists every option, one line for every mistake, and the exit status of each ending."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from inverseq import __version__
+from inverseq.cli import main
+from inverseq.config import iter_options
+from inverseq.config_loading import load_config, recipe_names
+from inverseq.run_directory import write_run_config
+from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def error_line(capsys, *words, status=2):
+    """The one line that a failing command leaves on stderr."""
+    try:
+        found = main(words)
+    except SystemExit as exit:
+        found = exit.code
+    captured = capsys.readouterr()
+    assert found == status and captured.out == ""
+    lines = [line for line in captured.err.splitlines() if not line.startswith("INFO ")]
+    assert len(lines) == 1 and lines[0].startswith("inverseq-train: "), captured.err
+    return lines[0]
+
+
+def test_help_lists_every_option_with_its_default_in_100_columns(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.split())
+    defaults = {"optim.lr": "1e-06", "contrast.alpha": "1.4", "model.path": '""', "logging.wandb": "false"}
+    for key, _, default, help_text in iter_options():
+        assert re.search(rf"^  {re.escape(key)}=", text, flags=re.MULTILINE), key
+        assert f"{key}={defaults.get(key, default if isinstance(default, str) and default else '')}" in text
+        assert help_text in words or help_text in text.replace("\n" + " " * 42, " "), key
+    for option in ("--config", "--resume", "--dry-run", "--version", *recipe_names()):
+        assert option in text
+
+
+def test_defaults_in_the_help_can_be_given_back_as_overrides(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = re.findall(r"^  ([a-z_.]+)=(\[.*?\]|\S+)", capsys.readouterr().out, flags=re.MULTILINE)
+    unset = ("model.path", "run_dir", "section.key")
+    overrides = [f"{key}={value}" for key, value in shown if key not in unset]
+    assert len(overrides) == len([*iter_options()]) - 2
+    config = load_config("demo", overrides)
+    for key, _, default, _ in iter_options():
+        if key not in unset:
+            section, _, leaf = key.rpartition(".")
+            assert getattr(getattr(config, section) if section else config, leaf) == default, key
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out.split() == ["inverseq-train", __version__]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "required: --config"),
+        (["--config"], "expected one argument"),
+        (["--conf", "demo"], "required: --config"),
+        (["--config", "demo", "--fast"], "unrecognized arguments: --fast"),
+        (["--config", "dmeo"], "did you mean demo?"),
+        (["--config", "none.yaml"], "no such file"),
+        (["--config", "demo", "foo"], "expected section.key=value"),
+        (["--config", "demo", "contrast.alhpa=1"], "did you mean contrast.alpha?"),
+        (["--config", "demo", "contrast.alpha=nan"], "contrast.alpha=nan: expected a finite number"),
+        (["--config", "demo", "epochs=1", "epochs=2"], "epochs is given twice"),
+        (["epochs=1", "--config", "demo", "seed=x"], "seed='x': expected an integer"),
+        (["--config", "demo", "model.path=./nowhere"], "model.path='./nowhere': no such folder"),
+        (["--config", "demo", "--dry-run", "model.path=./nowhere"], "model.path='./nowhere': no such folder"),
+        (["--config", "demo", "model.path=./two\nlines"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    line = error_line(capsys, *words)
+    assert expected in line and "error: " in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_of_another_run_is_status_2_and_stays_as_it_is(capsys, tmp_path, model_path):
+    run_dir = tmp_path / "run"
+    words = ["--config", "demo", f"model.path={model_path}", f"run_dir={run_dir}"]
+    write_run_config(load_config("demo", words[2:]), run_dir)
+    before = (run_dir / "config.yaml").read_bytes()
+    assert "contrast.alpha: 1.1 here, 1.4 there" in error_line(capsys, *words, "contrast.alpha=1.1", "--resume")
+    assert "--resume continues it" in error_line(capsys, *words)
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_a_dry_run_prints_its_plan_and_ends_with_status_0(capsys, tmp_path, model_path):
+    words = ["--config", "demo", "--dry-run", f"model.path={model_path}", f"run_dir={tmp_path / 'run'}", "epochs=2"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "epochs: 2" in out and "A synthetic epoch" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debugging_shows_where_an_error_arose(monkeypatch):
+    monkeypatch.setenv("INVERSEQ_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such recipe"):
+        main(["--config", "nothing"])
+
+
+def test_help_of_the_installed_command_needs_neither_torch_nor_transformers():
+    code = "import sys; sys.argv = ['inverseq-train', '--help']\nfrom inverseq.cli import main\ntry: main()\n"
+    code += "except SystemExit: pass\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)

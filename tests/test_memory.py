@@ -1,0 +1,128 @@
+"""The memory table: its formulas are compared with what PyTorch really keeps."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from inverseq.attention import ATTENTION_NAME, attention_layout
+from inverseq.config_loading import load_config
+from inverseq.memory import (
+    PHASES,
+    activation_bytes_per_token,
+    available_bytes,
+    estimate_memory,
+    model_size,
+    needed_bytes,
+    peak_of_phases,
+)
+from inverseq.packing import pack_views
+from tests.tiny import make_tiny_model
+from tests.tiny_samples import make_samples
+
+LLAMA_7B = LlamaConfig()
+GIB = 2**30
+
+
+def sizes_of(parts):
+    return {part.name: part.num_bytes for part in parts}
+
+
+def estimate(config, policy, plain=None, weight_bytes=2, device_type="cuda"):
+    return estimate_memory(
+        config, policy, plain, weight_bytes=weight_bytes, device_type=device_type, longest_prompt=1000
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_without_weights_and_tied_ones_once(tmp_path, tied):
+    path = make_tiny_model(tmp_path / "m", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    size = model_size(AutoConfig.from_pretrained(path))
+    assert size.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (size.num_layers, size.hidden, size.intermediate, size.vocab) == (2, 64, 128, 512)
+    assert (size.query_width, size.key_value_width) == (64, 32)
+
+
+def kept_bytes(model, pack):
+    """Bytes of distinct storages, weights aside, that autograd keeps between a forward and its backward."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_decoder()(
+            input_ids=pack.input_ids[None],
+            position_ids=pack.position_ids[None],
+            use_cache=False,
+            layout=attention_layout(pack),
+        )
+    return sum(num_bytes for num_bytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_activation_formula_is_what_autograd_keeps(tmp_path, dtype, checkpointing):
+    path = make_tiny_model(tmp_path / "m", layers=6)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME).train()
+    [pack] = pack_views(make_samples(6, longest=60), (-1,), token_budget=1024)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    size = model_size(model.config)
+    per_token = activation_bytes_per_token(size, dtype.itemsize, checkpointing=checkpointing)
+    measured = kept_bytes(model, pack) / pack.num_tokens
+    if checkpointing:  # the one layer that is recomputed is not kept by the forward
+        per_token -= activation_bytes_per_token(size, dtype.itemsize, checkpointing=False) / 6
+    assert per_token == pytest.approx(measured, rel=0.1 if not checkpointing else 0.2)
+
+
+def test_a_7b_model_in_bf16_takes_what_is_published_for_it():
+    policy = model_size(LLAMA_7B)
+    assert policy.num_parameters == 6_738_415_616
+    found = sizes_of(estimate(load_config("vicuna-7b"), policy))
+    assert found["policy weights"] == found["frozen model"] == pytest.approx(12.55 * GIB, rel=1e-3)
+    assert found["fp32 master weights"] == found["gradients"] == pytest.approx(25.10 * GIB, rel=1e-3)
+    assert found["AdamW moments"] == pytest.approx(50.21 * GIB, rel=1e-3)
+    assert found["head gradient accumulator"] == 32000 * 4096 * 4
+    assert found["keys and values, sampling"] == 64 * 2024 * 32 * 2 * 4096 * 2  # half a MiB a token
+    assert found["workspace of the operations"] == 512 * 2**20
+
+
+def test_fp32_weights_are_their_own_masters_and_accumulate_in_place():
+    found = sizes_of(estimate(load_config("vicuna-7b"), model_size(LLAMA_7B), weight_bytes=4, device_type="cpu"))
+    assert "fp32 master weights" not in found and "head gradient accumulator" not in found
+    assert found["workspace of the operations"] == 256 * 2**20
+
+
+def test_the_model_contrast_holds_a_second_frozen_model():
+    policy = model_size(LLAMA_7B)
+    plain = model_size(LlamaConfig(num_hidden_layers=16))
+    found = sizes_of(estimate(load_config("zephyr-7b-beta"), policy, plain))
+    assert found["frozen plain model"] == plain.num_parameters * 2
+    assert "frozen plain model" not in sizes_of(estimate(load_config("vicuna-7b"), policy))
+
+
+def test_a_phase_holds_the_parts_that_name_it_and_the_largest_phase_decides():
+    parts = estimate(load_config("vicuna-7b"), model_size(LLAMA_7B))
+    totals = peak_of_phases(parts)
+    by_name = {part.name: part for part in parts}
+    assert by_name["gradients"].phases == ("train",)
+    for phase in PHASES:
+        assert totals[phase] == sum(part.num_bytes for part in parts if phase in part.phases)
+    assert needed_bytes(parts, "cpu") == max(totals.values()) == totals["sample"]
+    assert needed_bytes(parts, "cuda") == totals["train"]  # the cache takes what is free there
+
+
+def test_a_replayed_run_has_no_cache_and_a_set_workspace_is_taken():
+    config = load_config("demo", ["sampling.backend=replay", "sampling.replay_path=x", "engine.workspace_mib=64"])
+    found = sizes_of(estimate(config, model_size(LLAMA_7B)))
+    assert "keys and values, sampling" not in found
+    assert found["workspace of the operations"] == 64 * 2**20
+
+
+def test_the_machines_memory_is_known():
+    assert 2**28 < available_bytes("cpu") < 2**50
