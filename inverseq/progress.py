@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: a bar per phase, and a table of the epochs at its end.
+
+On a terminal a phase is a live bar with its rate; elsewhere it is one plain line when it ends.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as LiveBars
+from rich.table import Table
+
+from .metrics import read_metrics
+
+__all__ = ["Progress", "epoch_table"]
+
+# (heading, metrics key, format), in the order of the table
+COLUMNS = (
+    ("epoch", "epoch", "d"),
+    ("held-out (log ratio)²", "held_out/mean_squared_log_ratio", ".4f"),
+    ("loss", "loss", ".4f"),
+    ("rms log ratio", "rms_log_ratio", ".3f"),
+    ("KL to plain", "kl_to_plain", ".4f"),
+    ("response tokens", "response_length", ".1f"),
+    ("ended by EOS", "eos_rate", ".0%"),
+    ("sample s", "sample_duration_s", ".1f"),
+    ("score s", "score_duration_s", ".1f"),
+    ("train s", "train_duration_s", ".1f"),
+    ("train tokens/s", "train_tokens_per_second", ",.0f"),
+)
+TABLE_WIDTH = 118  # where the output is no terminal
+
+
+class Progress:
+    """Bars on a terminal's standard error, plain lines elsewhere; the table goes to standard output."""
+
+    def __init__(self):
+        self.bars = Console(stderr=True)
+
+    @contextmanager
+    def phase(self, title: str, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show one phase over ``total`` samples; yields the function that says how many more are done."""
+        started = time.perf_counter()
+        done = 0
+        label = title if title == name else f"{title} {name}"
+        if self.bars.is_terminal:
+            label_column, rate_column = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+            columns = (label_column, BarColumn(), MofNCompleteColumn(), rate_column)
+            with LiveBars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.bars) as live:
+                task = live.add_task(label, total=total, rate="")
+
+                def advance(count: int = 1) -> None:
+                    nonlocal done
+                    done += count
+                    live.update(task, completed=done, rate=f"{done / (time.perf_counter() - started):.1f}/s")
+
+                yield advance
+            return
+
+        def count_up(count: int = 1) -> None:
+            nonlocal done
+            done += count
+
+        yield count_up
+        duration_s = time.perf_counter() - started
+        line = f"{label}: {total} samples in {duration_s:.1f} s ({total / duration_s:.1f}/s)"
+        print(line, file=sys.stderr, flush=True)
+
+    def summary(self, run_dir: Path | str) -> None:
+        """Print the table of the run's epochs and where the run is."""
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=TABLE_WIDTH)
+        console.print(epoch_table(read_metrics(run_dir, "epoch")))
+        print(f"run directory: {run_dir}", flush=True)
+
+
+def epoch_table(rows: list[dict[str, Any]]) -> Table:
+    """One line per epoch row; a metric that a row lacks is shown as –, a column that no row has is left out."""
+    columns = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    table = Table(*(heading for heading, _, _ in columns))
+    for column in table.columns:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*("–" if row.get(key) is None else format(row[key], spec) for _, key, spec in columns))
+    return table
