@@ -374,3 +374,14 @@ def combine_case(num_sets_name: str, *, write_lse: bool, has_moment: bool) -> Co
         blocks=Blocks(64, 32, 0, num_warps=4, num_stages=3),
         is_gemm=False,
     )
+
+
+def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1.0) -> None:
+    """out = beta * out + alpha * (left @ right), fp32 accumulation; with beta 0 what out holds is not read."""
+    if not out.is_cuda and left.dtype != torch.float32:
+        product = (left.float() @ right.float()) * alpha
+        out.copy_(product) if beta == 0.0 else out.add_(product)
+    elif out.dtype == left.dtype:
+        torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
