@@ -101,11 +101,15 @@ class RoomIndex {
   std::vector<int32_t> next_;  // [pack] pack below it
 };
 
-// The samples of one step in packs: pack_of[i] for every sample of the step, and what each pack costs.
+// The samples of one step in packs: pack_of[i] for every sample of the step, how many each pack holds, its cost.
 struct Grouping {
   std::vector<int32_t> pack_of;
+  std::vector<int64_t> sizes;
   std::vector<double> costs;
 };
+
+// No plan lasts less than its cost divided by the ranks; best fit within 2 % of that is left as it is.
+constexpr double kCloseEnough = 1.02;
 
 class Planner {
  public:
@@ -132,11 +136,9 @@ class Planner {
     return largest;
   }
 
-  int64_t room_of(int32_t i) const { return lengths_[i] - request_.shared_tokens; }
-
-  double cost_of(int32_t i) const {
-    const double length = static_cast<double>(lengths_[i]);
-    return request_.linear_cost * static_cast<double>(room_of(i)) + request_.attention_cost * length * length;
+  double cost_of(int64_t length) const {
+    const double all = static_cast<double>(length), own = static_cast<double>(length - request_.shared_tokens);
+    return request_.linear_cost * own + request_.attention_cost * all * all;
   }
 
   void plan_step(int64_t first, int64_t size, PackPlan& plan) {
@@ -147,9 +149,11 @@ class Planner {
     const int64_t num_ranks = request_.num_ranks;
     const int64_t num_packs = static_cast<int64_t>(groups.costs.size());
     const int64_t num_micro_steps = (num_packs + num_ranks - 1) / num_ranks;
-    groups.costs.resize(static_cast<size_t>(num_micro_steps * num_ranks), 0.0);
+    groups.sizes.resize(static_cast<size_t>(num_micro_steps * num_ranks), 0);
+    groups.costs.resize(groups.sizes.size(), 0.0);
     std::vector<int32_t> order = decreasing_cost(groups);
-    if (num_ranks > 1) {
+    const double total = std::accumulate(groups.costs.begin(), groups.costs.end(), 0.0);
+    if (duration(groups, order) * static_cast<double>(num_ranks) > kCloseEnough * total) {
       Grouping even;
       if (spread(groups.costs.size(), even)) {
         std::vector<int32_t> even_order = decreasing_cost(even);
@@ -159,7 +163,7 @@ class Planner {
         }
       }
     }
-    append(first, groups, deal(groups, order, num_micro_steps), plan);
+    append(first, groups, deal(groups, order), plan);
   }
 
   // order_ = samples of the step by decreasing length, equal lengths in their own order.
@@ -168,7 +172,8 @@ class Planner {
     const int64_t longest = *std::max_element(lengths_, lengths_ + size);
     if (longest > 4 * size) {
       std::iota(order_.begin(), order_.end(), 0);
-      std::stable_sort(order_.begin(), order_.end(), [this](int32_t a, int32_t b) { return lengths_[a] > lengths_[b]; });
+      std::stable_sort(order_.begin(), order_.end(),
+                       [this](int32_t a, int32_t b) { return lengths_[a] > lengths_[b]; });
       return;
     }
     std::vector<int32_t> first_place(static_cast<size_t>(longest) + 1, 0);
@@ -179,22 +184,31 @@ class Planner {
     }
   }
 
-  // Best fit decreasing: each sample goes where it leaves the least room.
+  // Best fit decreasing: each sample goes where it leaves the least room. After a sample, an equally long one fits best
+  // into the same pack for as long as it fits, so runs of equal lengths skip the search.
   Grouping best_fit() {
     Grouping groups;
     groups.pack_of.resize(order_.size());
     std::vector<int64_t> room_left;
-    for (const int32_t i : order_) {
-      const int64_t room = room_of(i);
+    for (size_t k = 0; k < order_.size();) {
+      const int64_t length = lengths_[order_[k]];
+      const int64_t room = length - request_.shared_tokens;
       int32_t pack = rooms_.take_best(room);
       if (pack < 0) {
         pack = static_cast<int32_t>(room_left.size());
         room_left.push_back(capacity_);
+        groups.sizes.push_back(0);
         groups.costs.push_back(0.0);
       }
-      groups.pack_of[static_cast<size_t>(i)] = pack;
-      groups.costs[static_cast<size_t>(pack)] += cost_of(i);
-      const int64_t left = room_left[static_cast<size_t>(pack)] -= room;
+      int64_t left = room_left[static_cast<size_t>(pack)];
+      const size_t first = k;
+      do {
+        groups.pack_of[static_cast<size_t>(order_[k++])] = pack;
+        left -= room;
+      } while (left >= room && k < order_.size() && lengths_[order_[k]] == length);
+      room_left[static_cast<size_t>(pack)] = left;
+      groups.sizes[static_cast<size_t>(pack)] += static_cast<int64_t>(k - first);
+      groups.costs[static_cast<size_t>(pack)] += static_cast<double>(k - first) * cost_of(length);
       if (left > 0) rooms_.put(left, pack);
     }
     for (const int64_t left : room_left) rooms_.forget(left);
@@ -209,14 +223,16 @@ class Planner {
     for (size_t p = 0; p < num_packs; ++p) heap[p] = {0.0, static_cast<int32_t>(p)};
     std::vector<int64_t> room_left(num_packs, capacity_);
     groups.pack_of.resize(order_.size());
+    groups.sizes.assign(num_packs, 0);
     groups.costs.assign(num_packs, 0.0);
     for (const int32_t i : order_) {
       std::pop_heap(heap.begin(), heap.end(), std::greater<>());
       Load& lightest = heap.back();
       const size_t pack = static_cast<size_t>(lightest.second);
-      if (room_left[pack] < room_of(i)) return false;
-      room_left[pack] -= room_of(i);
-      lightest.first = groups.costs[pack] += cost_of(i);
+      room_left[pack] -= lengths_[i] - request_.shared_tokens;
+      if (room_left[pack] < 0) return false;
+      lightest.first = groups.costs[pack] += cost_of(lengths_[i]);
+      ++groups.sizes[pack];
       groups.pack_of[static_cast<size_t>(i)] = lightest.second;
       std::push_heap(heap.begin(), heap.end(), std::greater<>());
     }
@@ -242,39 +258,36 @@ class Planner {
   }
 
   // Packs of similar cost meet in one micro-step; there the dearest goes to the rank with the least cost so far.
-  // Returns the place of each pack in the step, rank by rank.
-  std::vector<int64_t> deal(const Grouping& groups, const std::vector<int32_t>& order, int64_t num_micro_steps) const {
-    const int64_t num_ranks = request_.num_ranks;
-    std::vector<int64_t> place(order.size());
-    std::vector<double> load(static_cast<size_t>(num_ranks), 0.0);
-    std::vector<int64_t> ranks(static_cast<size_t>(num_ranks));
-    std::iota(ranks.begin(), ranks.end(), int64_t{0});
-    for (int64_t micro_step = 0; micro_step < num_micro_steps; ++micro_step) {
-      std::sort(ranks.begin(), ranks.end(), [&load](int64_t a, int64_t b) {
-        const double load_a = load[static_cast<size_t>(a)], load_b = load[static_cast<size_t>(b)];
-        return load_a != load_b ? load_a < load_b : a < b;
-      });
-      for (int64_t k = 0; k < num_ranks; ++k) {
-        const size_t pack = static_cast<size_t>(order[static_cast<size_t>(micro_step * num_ranks + k)]);
-        const int64_t rank = ranks[static_cast<size_t>(k)];
-        place[pack] = rank * num_micro_steps + micro_step;
-        load[static_cast<size_t>(rank)] += groups.costs[pack];
+  // Returns the step's packs rank by rank.
+  std::vector<int32_t> deal(const Grouping& groups, const std::vector<int32_t>& order) const {
+    const size_t num_ranks = static_cast<size_t>(request_.num_ranks), num_micro_steps = order.size() / num_ranks;
+    std::vector<int32_t> dealt(order.size());
+    std::vector<double> load(num_ranks, 0.0);
+    std::vector<size_t> ranks(num_ranks);
+    std::iota(ranks.begin(), ranks.end(), size_t{0});
+    for (size_t micro_step = 0; micro_step < num_micro_steps; ++micro_step) {
+      std::sort(ranks.begin(), ranks.end(),
+                [&load](size_t a, size_t b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
+      for (size_t k = 0; k < num_ranks; ++k) {
+        const int32_t pack = order[micro_step * num_ranks + k];
+        dealt[ranks[k] * num_micro_steps + micro_step] = pack;
+        load[ranks[k]] += groups.costs[static_cast<size_t>(pack)];
       }
     }
-    return place;
+    return dealt;
   }
 
-  static void append(int64_t first, const Grouping& groups, const std::vector<int64_t>& place, PackPlan& plan) {
-    std::vector<int64_t> cursor(place.size() + 1, 0);
-    for (const int32_t pack : groups.pack_of) ++cursor[static_cast<size_t>(place[static_cast<size_t>(pack)]) + 1];
-    cursor[0] = first;
-    for (size_t p = 0; p < place.size(); ++p) {
-      cursor[p + 1] += cursor[p];
-      plan.pack_offsets.push_back(cursor[p + 1]);
+  static void append(int64_t first, const Grouping& groups, const std::vector<int32_t>& packs, PackPlan& plan) {
+    std::vector<int64_t> cursor(packs.size());  // by pack
+    int64_t end = first;
+    for (const int32_t pack : packs) {
+      cursor[static_cast<size_t>(pack)] = end;
+      end += groups.sizes[static_cast<size_t>(pack)];
+      plan.pack_offsets.push_back(end);
     }
     for (size_t i = 0; i < groups.pack_of.size(); ++i) {
-      const size_t p = static_cast<size_t>(place[static_cast<size_t>(groups.pack_of[i])]);
-      plan.sample_indices[static_cast<size_t>(cursor[p]++)] = first + static_cast<int64_t>(i);
+      const int64_t place = cursor[static_cast<size_t>(groups.pack_of[i])]++;
+      plan.sample_indices[static_cast<size_t>(place)] = first + static_cast<int64_t>(i);
     }
   }
 
@@ -286,7 +299,7 @@ class Planner {
 };
 
 void check(const PlanRequest& request) {
-  constexpr int64_t kMaxSamples = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMaxSamples = int64_t{1} << 30;  // packs and samples of a step are counted in int32
   require_range("num_samples", request.num_samples, 0, kMaxSamples);
   require_range("token_budget", request.token_budget, 1, kMaxTokenBudget);
   require_range("num_ranks", request.num_ranks, 1, kMaxRanks);
@@ -306,7 +319,9 @@ void check(const PlanRequest& request) {
     }
     left -= size;
   }
-  if (left != 0) refuse("step_sizes: " + to_string(left) + " of " + to_string(request.num_samples) + " samples in no step");
+  if (left != 0) {
+    refuse("step_sizes: " + to_string(left) + " of " + to_string(request.num_samples) + " samples are in no step");
+  }
   for (int64_t i = 0; i < request.num_samples; ++i) {
     if (request.lengths[i] > request.token_budget) {
       refuse("sample " + to_string(i) + " has " + to_string(request.lengths[i]) + " tokens, token_budget is " +

@@ -152,12 +152,17 @@ def plan_packs(
 
 
 def view_lengths(samples: Sequence[Sample] | FlatSamples, views: Sequence[int]) -> np.ndarray:
-    """Tokens that each sample takes in a pack under all of ``views``, [num_samples] int64."""
+    """Tokens that each sample takes in a pack under all of ``views``, [num_samples] int64; no response is empty."""
     flat = _flat(samples)
+    lengths = np.zeros(len(flat), dtype=np.int64)
     if not len(flat):
-        return np.zeros(0, dtype=np.int64)
-    rest = flat.prompts.lengths + flat.responses.lengths - 1
-    return sum((prefix.lengths + rest for prefix in flat.views(views)), np.zeros(len(flat), dtype=np.int64))
+        return lengths
+    num_actions = flat.responses.lengths
+    if not num_actions.all():
+        raise ValueError(f"sample {int(num_actions.argmin())}: its response is empty")
+    for prefix in flat.views(views):
+        lengths += prefix.lengths + flat.prompts.lengths + num_actions - 1
+    return lengths
 
 
 def write_pack(
