@@ -223,7 +223,7 @@ class ChatRenderer:
 def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches the text of any special token of two or more characters."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    texts = sorted({text for text in (*added, *tokenizer.all_special_tokens) if len(text) > 1}, key=len, reverse=True)
+    texts = sorted({text for text in (*added, *tokenizer.all_special_tokens) if len(text) > 1})
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
