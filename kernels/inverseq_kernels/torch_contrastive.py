@@ -75,8 +75,7 @@ def contrastive_forward(
                 gather_labels_(reference_labels[rows], views[1], token_ids[rows], start, stop)
                 reference.add_(views[1], rows)
     ignored = token_ids == IGNORE_INDEX
-    log_sum_exps = like.new_zeros((num_alphas, num_rows))
+    targets = torch.empty_like(labels)
     for k, state in enumerate(mixed):
-        log_sum_exps[k] = state.value()
-    targets = (labels - log_sum_exps).masked_fill_(ignored, 0.0)
-    return targets, (reference_labels - reference.value()).masked_fill_(ignored, 0.0)
+        targets[k] = state.logprobs(labels[k])
+    return targets.masked_fill_(ignored, 0.0), reference.logprobs(reference_labels).masked_fill_(ignored, 0.0)

@@ -40,7 +40,9 @@ class Head:
         self.dtype = accumulate_dtype(hidden.dtype)
         self.half_matmul = hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16)
         self.operand_dtype = hidden.dtype if self.half_matmul else self.dtype
-        self.converts = weight.dtype != self.operand_dtype
+        # Under autocast an fp32 weight is rounded to hidden's dtype before it becomes an fp32 operand.
+        self.rounds = weight.dtype != self.read_dtype and self.read_dtype != self.operand_dtype
+        self.converts = self.rounds or weight.dtype != self.operand_dtype
         self.bias = self.removed = None
         if bias is not None:
             bias = bias[:valid].to(self.read_dtype).to(self.dtype)
@@ -54,8 +56,7 @@ class Head:
         """Bytes of one converted row of the weight, with the copy in hidden's dtype where that rounds."""
         if not self.converts:
             return 0
-        rounds = self.weight.dtype != self.read_dtype and self.read_dtype != self.operand_dtype
-        size = self.operand_dtype.itemsize + (self.read_dtype.itemsize if rounds else 0)
+        size = self.operand_dtype.itemsize + (self.read_dtype.itemsize if self.rounds else 0)
         return self.dim * size
 
     def bias_bytes(self) -> int:
@@ -71,7 +72,7 @@ class Head:
             self._scratch = block.new_empty((block_words, self.dim), dtype=self.operand_dtype)
         out = self._scratch[: stop - start]
         if self._cached != (start, stop):
-            out.copy_(block.to(self.read_dtype))
+            out.copy_(block.to(self.read_dtype) if self.rounds else block)
             self._cached = (start, stop)
         return out
 
@@ -152,6 +153,10 @@ class OnlineLogSumExp:
     def value(self) -> Tensor:
         """[A] log-sum-exp."""
         return self.maximum + self.sum.log()
+
+    def logprobs(self, labels: Tensor) -> Tensor:
+        """[A] labels minus log-sum-exp; the maximum goes first, so that a large one is not rounded into it."""
+        return (labels - self.maximum) - self.sum.log()
 
     def entropy(self) -> Tensor:
         """[A] entropy of the softmax in nats."""

@@ -87,10 +87,9 @@ def logprob_forward(
                 gather_labels_(labels[rows], logits, token_ids[rows], start, stop)
                 state.add_(logits, rows, scratch[: logits.numel()].view(shape) if want_entropy else None)
     ignored = token_ids == IGNORE_INDEX
-    lse = state.value()
-    logprobs = (labels - lse).masked_fill_(ignored, 0.0)
+    logprobs = state.logprobs(labels).masked_fill_(ignored, 0.0)
     entropy = state.entropy().masked_fill_(ignored, 0.0) if want_entropy else like
-    return logprobs, lse, entropy
+    return logprobs, state.value(), entropy
 
 
 def logprob_backward(

@@ -1,0 +1,100 @@
+"""Peak memory of every operation at A = 8192, V = 50,257 stays within workspace and outputs (torch backend)."""
+
+import pytest
+import torch
+from inverseq_kernels import (
+    contrastive_logprob,
+    contrastive_logprob_sweep,
+    linear_logprob,
+    squared_log_ratio_loss,
+)
+from torch.profiler import ProfilerActivity, profile
+
+NUM_ROWS, DIM, NUM_WORDS = 8192, 8, 50_257
+WORKSPACE_BYTES = 48 * 2**20  # the logits alone would be 1570 MiB
+
+
+def peak_and_kept_bytes(run) -> tuple[int, int]:
+    """Most bytes alive at once during ``run`` and bytes still alive after it, from the allocator's records."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = run()
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert records
+    alive = peak = 0
+    for event in sorted(records, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    del outputs
+    return peak, alive
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def head(request):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_ROWS, DIM, generator=generator).to(request.param).requires_grad_()
+    weight = torch.randn(NUM_WORDS, DIM, generator=generator).to(request.param).requires_grad_()
+    token_ids = torch.randint(0, NUM_WORDS, (NUM_ROWS,), generator=generator)
+    return hidden, weight, token_ids
+
+
+def accumulator_bytes(weight: torch.Tensor) -> int:
+    """The fp32 sum of the weight's gradient, which a half-precision weight needs over several chunks."""
+    return 0 if weight.dtype == torch.float32 else 4 * weight.numel()
+
+
+def test_contrast_and_sweep_stay_within_the_workspace(head):
+    hidden, weight, token_ids = head
+    heads = (hidden, weight, hidden, weight, token_ids)
+    keywords = {"return_reference": True, "workspace_bytes": WORKSPACE_BYTES}
+    if hidden.dtype == torch.float32:  # one alpha is mixed in place, several need a tile more
+        peak, kept = peak_and_kept_bytes(lambda: contrastive_logprob(*heads, 1.4, **keywords))
+    else:
+        peak, kept = peak_and_kept_bytes(
+            lambda: contrastive_logprob_sweep(*heads, alphas=[1.0, 1.4], **keywords)
+        )
+    assert peak <= WORKSPACE_BYTES + kept
+
+
+def test_logprob_and_its_backward_stay_within_the_workspace(head):
+    hidden, weight, token_ids = head
+    outputs = []
+    peak, kept = peak_and_kept_bytes(
+        lambda: outputs.extend(
+            linear_logprob(hidden, weight, token_ids, return_entropy=True, workspace_bytes=WORKSPACE_BYTES)
+        )
+    )
+    assert peak <= WORKSPACE_BYTES + kept
+    total = outputs[0].sum() + outputs[1].sum()
+    peak, kept = peak_and_kept_bytes(lambda: torch.autograd.grad(total, (hidden, weight)))
+    assert peak <= WORKSPACE_BYTES + kept + accumulator_bytes(weight)
+
+
+def test_loss_stays_within_the_workspace_with_and_without_gradients(head):
+    hidden, weight, token_ids = head
+
+    def run():
+        targets = torch.zeros(NUM_ROWS)
+        return squared_log_ratio_loss(
+            hidden, weight, token_ids, targets, denominator=1, workspace_bytes=WORKSPACE_BYTES
+        )
+
+    peak, kept = peak_and_kept_bytes(run)
+    assert peak <= WORKSPACE_BYTES + kept + accumulator_bytes(weight)
+    if weight.dtype == torch.bfloat16:
+        with torch.no_grad():
+            peak, kept = peak_and_kept_bytes(run)
+        assert peak <= WORKSPACE_BYTES + kept
+
+
+def test_rounded_copies_of_an_fp32_weight_under_autocast_stay_within_the_workspace():
+    """bf16 hidden states with an fp32 head that is larger than the workspace: it is rounded block by block."""
+    hidden = torch.randn(16, 64).bfloat16().requires_grad_()
+    weight = torch.randn(60_000, 64).requires_grad_()
+    token_ids, limit = torch.arange(16), 6 * 2**20
+    peak, kept = peak_and_kept_bytes(
+        lambda: squared_log_ratio_loss(
+            hidden, weight, token_ids, torch.zeros(16), denominator=1, workspace_bytes=limit
+        )
+    )
+    assert weight.nbytes > 2 * limit
+    assert peak <= limit + kept
