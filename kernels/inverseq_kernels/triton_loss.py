@@ -1,0 +1,351 @@
+"""The squared log-ratio loss in Triton and cuBLAS: three GEMMs, gradients made in the forward.
+
+L = sum_a m_a (t_a - l_a)^2 / denominator with l_a = log softmax(z_a)[y_a], hence
+dL/dz = 2 m (l - t) (onehot - P) / denominator. By chunks of rows that fit the workspace:
+
+    exponential_kernel      GEMM 1; exponentials in hidden's dtype, fp32 maxima, sums and label logits
+    combine, row factors    log-sum-exp, log-probs, and the row's coefficient, all fp32
+    logit_gradient_kernel   G = S (P - onehot) in place; in most rows this writes the token's entry only
+    weight += G.T @ (factor * hidden)         GEMM 2 (cuBLAS), fp32 sum over chunks in order, no atomics
+    hidden's gradient = factor * (G @ weight) GEMM 3 (cuBLAS), scaled in place
+
+The workspace holds G, its statistics and, where hidden needs no gradient, the scaled hidden rows; the rows of
+hidden's gradient otherwise lend their place to them. Without any gradient the forward of the log-prob
+operation does the work. fp16 sums the weight's gradient divided by the largest row weight (a power of
+two), so that small weights do not sink below its range, and multiplies it back at the end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from inverseq_kernels.checks import IGNORE_INDEX
+from inverseq_kernels.torch_head import HeadSettings, disabled_autocast
+from inverseq_kernels.triton_common import (
+    Blocks,
+    capability_of,
+    combine,
+    is_aligned,
+    on_device,
+    tile_source,
+)
+from inverseq_kernels.triton_exponentials import (
+    choose_loss_blocks,
+    choose_row_blocks,
+    column_sum_kernel,
+    exponential_kernel,
+    logit_gradient_kernel,
+    row_factor_kernel,
+    scale_rows_kernel,
+)
+from inverseq_kernels.triton_logprob import logprob_forward
+
+# The matrix of exponentials starts every row on a 128-byte line.
+PITCH_WORDS = 64
+# fp16 exponentials carry a factor 2**15, which the GEMMs take out again.
+HALF_UNIT = 2.0**-15
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How one call cuts its rows, and the pitch of its [rows, V] matrix."""
+
+    rows: int
+    num_chunks: int
+    pitch: int
+    num_tiles: int
+
+
+def plan_chunks(
+    num_rows: int,
+    num_words: int,
+    row_bytes: int,
+    dtype: torch.dtype,
+    blocks: Blocks,
+    workspace_bytes: int,
+) -> ChunkPlan:
+    """Equal chunks, whole row blocks each, whose temporaries fit the workspace; ``row_bytes`` come on top."""
+    pitch = triton.cdiv(num_words, PITCH_WORDS) * PITCH_WORDS
+    num_tiles = triton.cdiv(num_words, blocks.words)
+    bytes_per_row = pitch * dtype.itemsize + 8 * num_tiles + 24 + row_bytes
+    limit = max(workspace_bytes // bytes_per_row // blocks.rows, 1)  # row blocks of a chunk
+    num_blocks = max(triton.cdiv(num_rows, blocks.rows), 1)
+    num_chunks = triton.cdiv(num_blocks, limit)
+    rows = triton.cdiv(num_blocks, num_chunks) * blocks.rows
+    return ChunkPlan(rows, max(triton.cdiv(num_rows, rows), 1), pitch, num_tiles)
+
+
+def squared_log_ratio_forward(
+    hidden: Tensor,  # [A, D]
+    weight: Tensor,  # [V, D] in hidden's dtype
+    bias: Tensor | None,  # [V] in hidden's dtype
+    token_ids: Tensor,  # [A] int64
+    targets: Tensor,  # [A] fp32, may be NaN where the row weight is 0
+    row_weights: Tensor,  # [A] fp32, 0 on ignored rows
+    denominator: Tensor,  # 0-d fp32
+    *,
+    softcap: float | None,
+    temperature: float,
+    num_valid_vocab: int,
+    needs: tuple[bool, bool, bool],
+    workspace_bytes: int,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, log-probs [A] and, where needed, gradients of hidden, weight and bias for upstream gradient 1.
+
+    ``blocks`` replaces the chooser's tile sizes.
+    """
+    if not any(needs):
+        logprobs, _, _ = logprob_forward(
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            softcap=softcap,
+            temperature=temperature,
+            num_valid_vocab=num_valid_vocab,
+            want_entropy=False,
+            workspace_bytes=workspace_bytes,
+        )
+        return _loss(logprobs, targets, row_weights) / denominator, logprobs, None, None, None
+    if blocks is None:
+        aligned = is_aligned(hidden, weight)
+        blocks = choose_loss_blocks(capability_of(hidden), hidden.dtype, aligned, softcap is not None)
+    row_bytes = hidden.shape[1] * hidden.element_size() if needs[1] and not needs[0] else 0
+    plan = plan_chunks(hidden.shape[0], num_valid_vocab, row_bytes, hidden.dtype, blocks, workspace_bytes)
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    settings = HeadSettings(softcap, temperature, num_valid_vocab)
+    scales = _coefficient_scales(row_weights, denominator, hidden.dtype)
+    with on_device(hidden), disabled_autocast(hidden):
+        chunks = _Chunks(hidden, weight[:num_valid_vocab], bias, settings, blocks, plan)
+        sums = _GradientSums(hidden, weight, bias, num_valid_vocab, needs, plan)
+        for first in range(0, hidden.shape[0], plan.rows):
+            rows = slice(first, min(first + plan.rows, hidden.shape[0]))
+            gradient, factors = chunks.logit_gradient(
+                rows, token_ids[rows], targets[rows], row_weights[rows], scales, logprobs[rows]
+            )
+            sums.add(gradient, factors, rows)
+        gradients = sums.finish(scales[1])
+    return (_loss(logprobs, targets, row_weights) / denominator, logprobs, *gradients)
+
+
+def _loss(logprobs: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+    """Sum of weighted squares; a row of weight 0 adds 0 even where its target or log-prob is NaN."""
+    residual = torch.where(row_weights > 0, logprobs - targets, 0.0)
+    return (row_weights * residual.square()).sum()
+
+
+def _coefficient_scales(row_weights: Tensor, denominator: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What row coefficients are multiplied by before the GEMMs, and gradients after them; 0-d fp32 each.
+
+    fp16 divides by the largest row weight's power of two first and by the denominator last.
+    """
+    if dtype != torch.float16 or row_weights.numel() == 0:
+        return 1.0 / denominator, torch.ones_like(denominator)
+    exponent = torch.frexp(row_weights.amax()).exponent
+    power = torch.exp2(exponent.to(torch.float32))
+    return 1.0 / power, power / denominator
+
+
+class _Chunks:
+    """The [rows, V] matrix and row values of one chunk; reused by all chunks of a call."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [A, D]
+        weight: Tensor,  # [V, D], valid words only
+        bias: Tensor | None,
+        settings: HeadSettings,
+        blocks: Blocks,
+        plan: ChunkPlan,
+    ):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.settings, self.blocks, self.plan = settings, blocks, plan
+        self.row_blocks = choose_row_blocks(capability_of(hidden))
+        self.tight = hidden.dtype == torch.float16
+        rows = min(plan.rows, hidden.shape[0])
+        self.exponentials = hidden.new_empty((rows, plan.pitch))
+        self.statistics = hidden.new_empty(2 * plan.num_tiles * rows, dtype=torch.float32)
+        self.row_values = hidden.new_empty((6, rows), dtype=torch.float32)
+
+    def logit_gradient(
+        self,
+        rows: slice,
+        token_ids: Tensor,  # [R]
+        targets: Tensor,  # [R]
+        row_weights: Tensor,  # [R]
+        scales: tuple[Tensor, Tensor],
+        logprobs: Tensor,  # [R] out
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Write the chunk's log-probs; return G [R, V] and the factors [R] of hidden's rows and of G @ weight."""
+        num_rows, num_valid = token_ids.shape[0], self.settings.num_valid_vocab
+        matrix = self.exponentials[:num_rows]
+        maxima, totals = self.statistics[: 2 * self.plan.num_tiles * num_rows].view(2, 1, self.plan.num_tiles, -1)
+        labels, lse, weight_factors, hidden_factors, entries, offsets = self.row_values[:, :num_rows]
+        self._exponentials(self.hidden[rows], token_ids, matrix, maxima, totals, labels)
+        combine(maxima, totals, None, labels[None], token_ids, logprobs[None], ignore_index=IGNORE_INDEX, lse=lse)
+        softcap = self.settings.softcap
+        row_factor_kernel[(triton.cdiv(num_rows, self.row_blocks.factor_rows),)](
+            logprobs,
+            lse,
+            labels,
+            targets,
+            row_weights,
+            *scales,
+            weight_factors,
+            hidden_factors,
+            entries,
+            offsets,
+            num_rows,
+            1.0 if softcap is None else softcap,
+            self.settings.temperature,
+            HAS_SOFTCAP=softcap is not None,
+            TIGHT=self.tight,
+            ROWS=self.row_blocks.factor_rows,
+        )
+        grid = (
+            triton.cdiv(num_rows, self.row_blocks.gradient_rows),
+            triton.cdiv(num_valid, self.row_blocks.gradient_words),
+        )
+        logit_gradient_kernel[grid](
+            matrix,
+            maxima,
+            offsets,
+            weight_factors,
+            entries,
+            token_ids,
+            num_rows,
+            num_valid,
+            self.plan.pitch,
+            ROWS=self.row_blocks.gradient_rows,
+            SEGMENT=self.row_blocks.gradient_words,
+            TILE_WORDS=self.blocks.words,
+            TIGHT=self.tight,
+        )
+        return matrix[:, :num_valid], (weight_factors, hidden_factors)
+
+    def _exponentials(
+        self, hidden: Tensor, token_ids: Tensor, matrix: Tensor, maxima: Tensor, totals: Tensor, labels: Tensor
+    ) -> None:
+        """Launch GEMM 1 over all tiles of the chunk."""
+        blocks, softcap = self.blocks, self.settings.softcap
+        num_rows, (num_valid, dim) = hidden.shape[0], self.weight.shape
+        aligned = is_aligned(hidden, self.weight)
+        tma = blocks.tma and aligned
+        exponential_kernel[(triton.cdiv(num_rows, blocks.rows) * triton.cdiv(num_valid, blocks.words),)](
+            tile_source(hidden, (blocks.rows, blocks.dim), tma),
+            tile_source(self.weight, (blocks.words, blocks.dim), tma),
+            self.bias,
+            token_ids,
+            matrix,
+            maxima,
+            totals,
+            labels,
+            num_rows,
+            num_valid,
+            dim,
+            self.plan.pitch,
+            1.0 if softcap is None else softcap,
+            self.settings.temperature,
+            1.0 / self.settings.temperature,
+            ROWS=blocks.rows,
+            WORDS=blocks.words,
+            DIM=blocks.dim,
+            GROUP_ROWS=blocks.group_rows,
+            EVEN_DIM=aligned and dim % blocks.dim == 0,
+            TMA=tma,
+            HAS_BIAS=self.bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            TIGHT=self.tight,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+
+class _GradientSums:
+    """Gradients of hidden, weight and bias, added up over chunks in order."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [A, D]
+        weight: Tensor,  # [V, D], all words
+        bias: Tensor | None,  # [V]
+        num_valid: int,
+        needs: tuple[bool, bool, bool],
+        plan: ChunkPlan,
+    ):
+        self.inputs, self.plan = (hidden, weight, bias), plan
+        self.row_blocks = choose_row_blocks(capability_of(hidden))
+        self.unit = HALF_UNIT if hidden.dtype == torch.float16 else 1.0
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight = self.bias = self.scaled = None
+        if needs[1]:
+            # One chunk needs no sum: cuBLAS writes the result itself.
+            dtype = weight.dtype if plan.num_chunks == 1 else torch.float32
+            self.weight = torch.empty_like(weight, dtype=dtype)
+            self.weight[num_valid if hidden.shape[0] > 0 else 0 :].zero_()
+            if self.hidden is None:
+                self.scaled = hidden.new_empty((min(plan.rows, hidden.shape[0]), hidden.shape[1]))
+        if needs[2] and bias is not None:
+            self.bias = torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, gradient: Tensor, factors: tuple[Tensor, Tensor], rows: slice) -> None:
+        """Add one chunk: gradient = G [R, V], factors [R] of hidden's rows and of the rows of G @ weight."""
+        hidden, weight, _ = self.inputs
+        num_valid = gradient.shape[1]
+        if self.bias is not None:
+            self._add_bias(gradient, factors[0])
+        if self.weight is not None:
+            scaled = self.hidden[rows] if self.scaled is None else self.scaled[: gradient.shape[0]]
+            self._scale_rows(hidden[rows], factors[0], scaled)
+            beta = 0.0 if rows.start == 0 else 1.0
+            _matmul_into(self.weight[:num_valid], gradient.t(), scaled, beta=beta, alpha=self.unit)
+        if self.hidden is not None:
+            result = self.hidden[rows]
+            _matmul_into(result, gradient, weight[:num_valid], beta=0.0, alpha=self.unit)
+            self._scale_rows(result, factors[1], result)
+
+    def finish(self, undo_scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients in their own dtypes; hidden's has had ``undo_scale`` in its factors."""
+        _, weight, bias = self.inputs
+        result = self.weight
+        if result is not None and result.dtype != weight.dtype:
+            result = torch.mul(result, undo_scale, out=torch.empty_like(weight))
+        elif result is not None and weight.dtype == torch.float16:
+            result.mul_(undo_scale)
+        bias_result = None if self.bias is None else (self.bias * undo_scale).to(bias.dtype)
+        return self.hidden, result, bias_result
+
+    def _scale_rows(self, source: Tensor, factors: Tensor, scaled: Tensor) -> None:
+        (num_rows, dim), blocks = source.shape, self.row_blocks
+        grid = (triton.cdiv(num_rows, blocks.scale_rows), triton.cdiv(dim, blocks.scale_columns))
+        scale_rows_kernel[grid](
+            source, factors, scaled, num_rows, dim, ROWS=blocks.scale_rows, DIM=blocks.scale_columns
+        )
+
+    def _add_bias(self, gradient: Tensor, factors: Tensor) -> None:
+        (num_rows, num_valid), blocks = gradient.shape, self.row_blocks
+        column_sum_kernel[(triton.cdiv(num_valid, blocks.sum_words),)](
+            gradient,
+            factors,
+            self.bias,
+            self.unit,
+            num_rows,
+            num_valid,
+            self.plan.pitch,
+            ROWS=blocks.sum_rows,
+            WORDS=blocks.sum_words,
+        )
+
+
+def _matmul_into(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> None:
+    """out = beta * out + alpha * (left @ right), fp32 accumulation; beta 0 ignores what out holds."""
+    if not out.is_cuda and left.dtype != torch.float32:
+        product = (left.float() @ right.float()) * alpha
+        out.copy_(product) if beta == 0.0 else out.add_(product)
+    elif out.dtype == left.dtype:
+        torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
