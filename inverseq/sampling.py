@@ -1,0 +1,88 @@
+"""Sampling: the policy answers prompts.
+
+A ``Sampler`` is one sampling engine. Whatever the engine, responses are drawn at temperature 1, top_p 1, top_k 0 and
+without penalties: only then is the expected gradient of the loss that of the KL divergence. Log-probabilities of an
+engine are never trained on, so none are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import SamplingConfig
+from .records import RenderedPrompt, Response, Sample
+from .sampling_replay import ReplaySampler
+from .sampling_transformers import TransformersSampler
+
+__all__ = ["Sampler", "make_sampler", "sample_responses"]
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler(Protocol):
+    """A sampling engine."""
+
+    name: str
+    version: str
+
+    def sync(self, policy: nn.Module, weights_step: int) -> None:
+        """From now on sample from these weights, which ``weights_step`` optimizer steps have made."""
+        ...
+
+    def generate(self, prompts: Sequence[RenderedPrompt], *, seed: int) -> Iterator[tuple[int, Response]]:
+        """Yield (index of the prompt, its response), exactly one per prompt, as they finish.
+
+        Equal weights, prompts and seed give equal responses. Failure is an exception, never a missing response.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def make_sampler(config: SamplingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The sampler of ``sampling.backend``."""
+    if config.backend == "replay":
+        return ReplaySampler(config)
+    return TransformersSampler(config, model, tokenizer)
+
+
+def sample_responses(
+    sampler: Sampler,
+    prompts: Sequence[RenderedPrompt],
+    *,
+    seed: int,
+    advance: Callable[[int], None] | None = None,
+) -> list[Sample]:
+    """One sample per prompt, in the order of the prompts; ``advance(1)`` is called for each as it finishes.
+
+    Raises RuntimeError when the engine answers a prompt twice or not at all, and whatever the engine raises.
+    """
+    started = time.perf_counter()
+    responses: list[Response | None] = [None] * len(prompts)
+    # Closed explicitly: an interrupt while the caller's code runs must stop the engine too.
+    with closing(sampler.generate(prompts, seed=seed)) as finished:
+        for index, response in finished:
+            if responses[index] is not None:
+                raise RuntimeError(f"{sampler.name}: prompt {prompts[index].prompt.id!r} was answered twice")
+            responses[index] = response
+            if advance is not None:
+                advance(1)
+    samples = [Sample(p, r) for p, r in zip(prompts, responses, strict=True) if r is not None]
+    if len(samples) != len(prompts):
+        raise RuntimeError(f"{sampler.name}: {len(prompts)} prompts, but {len(samples)} responses came back")
+    duration_s = time.perf_counter() - started
+    num_tokens = sum(sample.num_actions for sample in samples)
+    logger.info(
+        "%s: %d responses, %d tokens in %.1f s, %.1f tokens per second",
+        sampler.name, len(samples), num_tokens, duration_s, num_tokens / max(duration_s, 1e-9),
+    )  # fmt: skip
+    return samples

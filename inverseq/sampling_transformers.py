@@ -1,0 +1,220 @@
+"""Sampling by transformers' continuous batching, on the policy's own weights: nothing is copied or synchronised.
+
+A finished sequence makes room for the next prompt at once, so no step is spent on padding. The engine's thread draws
+every token from one torch generator: responses depend on the seed, the weights and the list of prompts, and are
+bitwise equal for equal ones. Left out: seeds of single prompts, several responses a prompt, more than one process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from .config import SamplingConfig
+from .records import RenderedPrompt, Response
+
+__all__ = ["TransformersSampler", "stop_token_ids"]
+
+# The engine tells its life story at INFO, four times an epoch; warnings and errors are let through.
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+
+CPU_PAGE_TOKENS = 32  # tokens per page of the key-value cache
+CUDA_PAGE_TOKENS = 256  # what paged FlashAttention kernels read
+CPU_STEP_TOKENS = 512  # prompt and decoded tokens of one forward pass
+CUDA_STEP_TOKENS = 4096
+CUDA_CACHE_FRACTION = 0.8  # of free memory, when the cache of a full batch does not fit
+POLL_S = 0.5
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids that end a response: the tokenizer's EOS and those of generation_config.json (Llama-3 has several).
+
+    Raises ValueError when there is none: every response would then run to its limit.
+    """
+    ids: set[int] = set()
+    for source in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+        ids.update(source if isinstance(source, list | tuple) else () if source is None else (source,))
+    if not ids:
+        raise ValueError("the tokenizer and generation_config.json name no EOS token: no response could end")
+    return tuple(sorted(ids))
+
+
+class TransformersSampler:
+    """Continuous batching on the weights of ``model``, which must be the model that is trained."""
+
+    name = "transformers"
+    version = transformers.__version__
+
+    def __init__(self, config: SamplingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.config = config
+        self.model = model
+        self.weights_step = 0
+        self.num_valid_vocab = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+        self.stop_ids = tuple(i for i in stop_token_ids(model, tokenizer) if i < self.num_valid_vocab)
+
+    def sync(self, policy: nn.Module, weights_step: int) -> None:
+        """Note how old the weights are; they are read where they are."""
+        if not isinstance(policy, PreTrainedModel):
+            raise ValueError(f"policy is a {type(policy).__name__}: expected the PreTrainedModel that is trained")
+        self.model = policy
+        self.weights_step = weights_step
+
+    def generate(self, prompts: Sequence[RenderedPrompt], *, seed: int) -> Iterator[tuple[int, Response]]:
+        """Yield (index of the prompt, response) as they finish; see ``Sampler.generate``.
+
+        While it runs, the model is in evaluation mode with the engine's attention, and torch's global generators are
+        the engine's: use neither before the last response is there. Then, or when it is closed early or raises, all of
+        them are as before and the engine's thread has ended. Raises RuntimeError for whatever goes wrong in it.
+        """
+        if not prompts:
+            return
+        prompt_ids = [prompt.policy_ids.tolist() for prompt in prompts]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), engine_mode(self.model, self.num_valid_vocab):
+            manager = self.model.init_continuous_batching(
+                generation_config=self.generation_config(),
+                continuous_batching_config=self.batching_config([len(ids) for ids in prompt_ids], seed),
+            )
+            waiting: dict[str, int] = {}
+            try:
+                # Long prompts first, and all before the thread starts: what stands together in a batch must not depend
+                # on how fast two threads run.
+                for index in sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index])):
+                    request_id = manager.add_request(prompt_ids[index], max_new_tokens=self.config.max_new_tokens)
+                    if request_id is None:
+                        raise RuntimeError("transformers' continuous batching refused a prompt")
+                    waiting[request_id] = index
+                manager.start()
+                while waiting:
+                    output = next_output(manager)
+                    index = waiting.pop(output.request_id)
+                    yield index, self.response(output, seed)
+            finally:
+                stop(manager, waiting)
+
+    def close(self) -> None:
+        """Nothing is held between two calls of ``generate``."""
+
+    def generation_config(self) -> GenerationConfig:
+        """Untempered sampling. The model's generation_config.json is not read, whatever it says."""
+        return GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=self.config.max_new_tokens,
+            eos_token_id=list(self.stop_ids),
+        )
+
+    def batching_config(self, prompt_lengths: list[int], seed: int) -> ContinuousBatchingConfig:
+        """Cache and batch sizes for these prompts. The engine's own defaults take most of the memory (and time)."""
+        on_cuda = self.model.device.type == "cuda"
+        page = CUDA_PAGE_TOKENS if on_cuda else CPU_PAGE_TOKENS
+        batch_size = min(self.config.batch_size, len(prompt_lengths))
+        pages = [-(-(length + self.config.max_new_tokens) // page) for length in prompt_lengths]
+        num_blocks: int | None = sum(sorted(pages)[-batch_size:])
+        if on_cuda and num_blocks * page * cache_bytes_per_token(self.model) > free_cuda_bytes() * CUDA_CACHE_FRACTION:
+            num_blocks = None  # as many as fit; the engine queues what does not
+        known = {item.name for item in fields(ContinuousBatchingConfig)}
+        options: dict[str, Any] = {
+            "page_size" if "page_size" in known else "block_size": page,
+            "num_blocks": num_blocks,
+            "max_batch_tokens": max(batch_size, CUDA_STEP_TOKENS if on_cuda else CPU_STEP_TOKENS),
+            "max_requests_per_batch": batch_size,
+            "max_memory_percent": CUDA_CACHE_FRACTION if on_cuda else None,
+            "safety_margin": None if num_blocks is None else 0.0,  # the cache holds a full batch: keep nothing back
+            "allow_block_sharing": False,
+            "auto_switch_to_flash": False,  # engine_mode has chosen
+            "seed": seed,
+        }
+        # Releases before 5.17 lack some of these; there the cache's size alone bounds the batch.
+        return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
+
+    def response(self, output, seed: int) -> Response:
+        """The engine's output as a record; the stop token is kept, because ending is an action that is trained."""
+        token_ids = np.array(output.generated_tokens, dtype=np.int32)
+        num_tokens = len(token_ids)
+        stops = np.isin(token_ids, self.stop_ids)
+        if not (0 < num_tokens <= self.config.max_new_tokens) or stops[:-1].any():
+            raise RuntimeError(f"transformers returned {num_tokens} tokens, stop tokens at {np.flatnonzero(stops)}")
+        if not stops[-1] and num_tokens < self.config.max_new_tokens:
+            raise RuntimeError(f"transformers ended a response after {num_tokens} tokens without a stop token")
+        return Response(
+            token_ids=token_ids,
+            finish_reason="stop" if stops[-1] else "length",
+            seed=seed,
+            engine=self.name,
+            engine_version=self.version,
+            weights_step=self.weights_step,
+        )
+
+
+@contextmanager
+def engine_mode(model: PreTrainedModel, num_valid_vocab: int) -> Iterator[None]:
+    """Evaluation mode, an attention that reads a paged cache, and padding words at logit −inf; then all as before."""
+    attention = model.config._attn_implementation
+    training = {module: module.training for module in model.modules()}
+    flash = model.device.type == "cuda" and model.dtype != torch.float32 and is_flash_attn_2_available()
+
+    def mask_padding(module, args, output):
+        output.logits[..., num_valid_vocab:] = float("-inf")
+        return output
+
+    padded = model.get_output_embeddings().weight.shape[0] > num_valid_vocab
+    hook = model.register_forward_hook(mask_padding) if padded else None
+    try:
+        model.eval()
+        model.set_attn_implementation("flash_attention_2" if flash else "sdpa")
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        model.set_attn_implementation(attention)
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def next_output(manager):
+    """The engine's next finished request; RuntimeError when it failed or the engine's thread has died."""
+    while True:
+        alive = manager.is_running()
+        output = manager.get_result(timeout=POLL_S)
+        if output is not None and output.error is not None:
+            raise RuntimeError(f"transformers' continuous batching failed: {output.error}")
+        if output is not None and output.is_finished():
+            return output
+        if output is None and not alive:
+            raise RuntimeError("transformers' continuous batching ended before all responses were there")
+
+
+def stop(manager, waiting: dict[str, int]) -> None:
+    """End the engine's thread: what still waits is given up, and the thread is joined whatever happened."""
+    if not manager.is_running():
+        return
+    for request_id in waiting:
+        manager.cancel_request(request_id)
+    manager.stop(block=True, hard_stop=bool(waiting))
+    manager.destroy()
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one token over all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize
+
+
+def free_cuda_bytes() -> int:
+    """Memory that a new tensor could take: what the device has free and what torch's allocator keeps unused."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
