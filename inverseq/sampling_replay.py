@@ -88,4 +88,3 @@ def prompt_key(prompt: RenderedPrompt) -> tuple[bytes, ...]:
 
 def replay_key(prompt: RenderedPrompt, seed: int) -> tuple:
     return (*prompt_key(prompt), seed)
-
