@@ -16,6 +16,7 @@ packing = Pybind11Extension(
 setup(
     packages=find_packages(include=["inverseq", "inverseq.*"]),
     package_dir={"inverseq": "inverseq"},
+    include_package_data=False,  # what package_data names and nothing else
     package_data={
         "inverseq": ["recipes/*.yaml", "principles/*.txt", "templates/*.jinja", "data/*.jsonl", "data/*.jsonl.gz"]
     },

@@ -1,6 +1,7 @@
 #include "plan_packs.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -13,6 +14,7 @@ namespace {
 
 using std::int32_t;
 using std::int64_t;
+using std::uint32_t;
 using std::uint64_t;
 using std::to_string;
 
@@ -101,11 +103,17 @@ class RoomIndex {
   std::vector<int32_t> next_;  // [pack] pack below it
 };
 
-// The samples of one step in packs: pack_of[i] for every sample of the step, how many each pack holds, its cost.
+// The samples of one step in packs: pack_at[k] for the k-th longest sample, how many each pack holds, its cost.
 struct Grouping {
-  std::vector<int32_t> pack_of;
+  std::vector<int32_t> pack_at;
   std::vector<int64_t> sizes;
   std::vector<double> costs;
+};
+
+// Samples of equal length within the step's decreasing order, up to position `end`.
+struct Run {
+  int64_t length;
+  size_t end;
 };
 
 // No plan lasts less than its cost divided by the ranks; best fit within 2 % of that is left as it is.
@@ -166,50 +174,61 @@ class Planner {
     append(first, groups, deal(groups, order), plan);
   }
 
-  // order_ = samples of the step by decreasing length, equal lengths in their own order.
+  // order_ = samples of the step by decreasing length, equal lengths in their own order; runs_ = its equal lengths.
   void sort_decreasing(int64_t size) {
     order_.resize(static_cast<size_t>(size));
+    runs_.clear();
     const int64_t longest = *std::max_element(lengths_, lengths_ + size);
     if (longest > 4 * size) {
       std::iota(order_.begin(), order_.end(), 0);
       std::stable_sort(order_.begin(), order_.end(),
                        [this](int32_t a, int32_t b) { return lengths_[a] > lengths_[b]; });
+      for (size_t k = 0; k < order_.size(); ++k) {
+        const int64_t length = lengths_[order_[k]];
+        if (runs_.empty() || runs_.back().length != length) runs_.push_back({length, k});
+        runs_.back().end = k + 1;
+      }
       return;
     }
-    std::vector<int32_t> first_place(static_cast<size_t>(longest) + 1, 0);
-    for (int64_t i = 0; i < size; ++i) ++first_place[static_cast<size_t>(longest - lengths_[i])];
-    std::exclusive_scan(first_place.begin(), first_place.end(), first_place.begin(), 0);
+    std::vector<uint32_t> place(static_cast<size_t>(longest) + 1, 0);  // by longest - length
+    for (int64_t i = 0; i < size; ++i) ++place[static_cast<size_t>(longest - lengths_[i])];
+    std::exclusive_scan(place.begin(), place.end(), place.begin(), uint32_t{0});
     for (int64_t i = 0; i < size; ++i) {
-      order_[static_cast<size_t>(first_place[static_cast<size_t>(longest - lengths_[i])]++)] = static_cast<int32_t>(i);
+      order_[place[static_cast<size_t>(longest - lengths_[i])]++] = static_cast<int32_t>(i);
+    }
+    for (size_t shorter = 0, end = 0; shorter < place.size(); ++shorter) {
+      if (place[shorter] > end) runs_.push_back({longest - static_cast<int64_t>(shorter), place[shorter]});
+      end = place[shorter];
     }
   }
 
   // Best fit decreasing: each sample goes where it leaves the least room. After a sample, an equally long one fits best
-  // into the same pack for as long as it fits, so runs of equal lengths skip the search.
+  // into the same pack for as long as it fits, so equal lengths are placed together.
   Grouping best_fit() {
     Grouping groups;
-    groups.pack_of.resize(order_.size());
+    groups.pack_at.resize(order_.size());
     std::vector<int64_t> room_left;
-    for (size_t k = 0; k < order_.size();) {
-      const int64_t length = lengths_[order_[k]];
-      const int64_t room = length - request_.shared_tokens;
-      int32_t pack = rooms_.take_best(room);
-      if (pack < 0) {
-        pack = static_cast<int32_t>(room_left.size());
-        room_left.push_back(capacity_);
-        groups.sizes.push_back(0);
-        groups.costs.push_back(0.0);
+    size_t k = 0;
+    for (const Run& run : runs_) {
+      const int64_t room = run.length - request_.shared_tokens;
+      const double cost = cost_of(run.length);
+      while (k < run.end) {
+        int32_t pack = rooms_.take_best(room);
+        if (pack < 0) {
+          pack = static_cast<int32_t>(room_left.size());
+          room_left.push_back(capacity_);
+          groups.sizes.push_back(0);
+          groups.costs.push_back(0.0);
+        }
+        const size_t p = static_cast<size_t>(pack);
+        const int64_t count = std::min(room_left[p] / room, static_cast<int64_t>(run.end - k));
+        std::fill_n(groups.pack_at.begin() + static_cast<std::ptrdiff_t>(k), count, pack);
+        k += static_cast<size_t>(count);
+        room_left[p] -= count * room;
+        groups.sizes[p] += count;
+        groups.costs[p] += static_cast<double>(count) * cost;
+        if (room_left[p] > 0) rooms_.put(room_left[p], pack);
       }
-      int64_t left = room_left[static_cast<size_t>(pack)];
-      const size_t first = k;
-      do {
-        groups.pack_of[static_cast<size_t>(order_[k++])] = pack;
-        left -= room;
-      } while (left >= room && k < order_.size() && lengths_[order_[k]] == length);
-      room_left[static_cast<size_t>(pack)] = left;
-      groups.sizes[static_cast<size_t>(pack)] += static_cast<int64_t>(k - first);
-      groups.costs[static_cast<size_t>(pack)] += static_cast<double>(k - first) * cost_of(length);
-      if (left > 0) rooms_.put(left, pack);
     }
     for (const int64_t left : room_left) rooms_.forget(left);
     return groups;
@@ -222,18 +241,19 @@ class Planner {
     std::vector<Load> heap(num_packs);
     for (size_t p = 0; p < num_packs; ++p) heap[p] = {0.0, static_cast<int32_t>(p)};
     std::vector<int64_t> room_left(num_packs, capacity_);
-    groups.pack_of.resize(order_.size());
+    groups.pack_at.resize(order_.size());
     groups.sizes.assign(num_packs, 0);
     groups.costs.assign(num_packs, 0.0);
-    for (const int32_t i : order_) {
+    for (size_t k = 0; k < order_.size(); ++k) {
+      const int64_t length = lengths_[order_[k]];
       std::pop_heap(heap.begin(), heap.end(), std::greater<>());
       Load& lightest = heap.back();
       const size_t pack = static_cast<size_t>(lightest.second);
-      room_left[pack] -= lengths_[i] - request_.shared_tokens;
+      room_left[pack] -= length - request_.shared_tokens;
       if (room_left[pack] < 0) return false;
-      lightest.first = groups.costs[pack] += cost_of(lengths_[i]);
+      lightest.first = groups.costs[pack] += cost_of(length);
       ++groups.sizes[pack];
-      groups.pack_of[static_cast<size_t>(i)] = lightest.second;
+      groups.pack_at[k] = lightest.second;
       std::push_heap(heap.begin(), heap.end(), std::greater<>());
     }
     return true;
@@ -277,7 +297,7 @@ class Planner {
     return dealt;
   }
 
-  static void append(int64_t first, const Grouping& groups, const std::vector<int32_t>& packs, PackPlan& plan) {
+  void append(int64_t first, const Grouping& groups, const std::vector<int32_t>& packs, PackPlan& plan) const {
     std::vector<int64_t> cursor(packs.size());  // by pack
     int64_t end = first;
     for (const int32_t pack : packs) {
@@ -285,9 +305,9 @@ class Planner {
       end += groups.sizes[static_cast<size_t>(pack)];
       plan.pack_offsets.push_back(end);
     }
-    for (size_t i = 0; i < groups.pack_of.size(); ++i) {
-      const int64_t place = cursor[static_cast<size_t>(groups.pack_of[i])]++;
-      plan.sample_indices[static_cast<size_t>(place)] = first + static_cast<int64_t>(i);
+    for (size_t k = 0; k < order_.size(); ++k) {
+      const int64_t place = cursor[static_cast<size_t>(groups.pack_at[k])]++;
+      plan.sample_indices[static_cast<size_t>(place)] = first + order_[k];
     }
   }
 
@@ -296,6 +316,7 @@ class Planner {
   RoomIndex rooms_;
   const int64_t* lengths_ = nullptr;  // of the step's samples
   std::vector<int32_t> order_;
+  std::vector<Run> runs_;
 };
 
 void check(const PlanRequest& request) {

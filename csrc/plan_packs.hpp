@@ -24,8 +24,8 @@ struct PlanRequest {
   double attention_cost;
 };
 
-// Pack p holds sample_indices[pack_offsets[p] .. pack_offsets[p + 1]), ascending. A step's packs stand rank by rank,
-// equally many for each rank; a pack without samples is a dummy. A rank's packs are in decreasing order of cost.
+// Pack p holds sample_indices[pack_offsets[p] .. pack_offsets[p + 1]), the longest first. A step's packs stand rank by
+// rank, equally many for each rank; a pack without samples is a dummy. A rank's packs are in decreasing order of cost.
 struct PackPlan {
   std::vector<std::int64_t> sample_indices;  // [num_samples]
   std::vector<std::int64_t> pack_offsets;    // [num_packs + 1]

@@ -108,7 +108,7 @@ class PackPlan:
         return int(self.step_offsets[step + 1] - self.step_offsets[step]) // self.num_ranks
 
     def packs(self, step: int = 0, rank: int = 0) -> list[np.ndarray]:
-        """Sample indices of a rank's packs in a step, each ascending int64, the dearest pack first."""
+        """Sample indices of a rank's packs in a step, int64, the dearest pack and in it the longest sample first."""
         if not 0 <= step < self.num_steps or not 0 <= rank < self.num_ranks:
             raise ValueError(f"step={step}, rank={rank}: the plan has {self.num_steps} steps, {self.num_ranks} ranks")
         first = int(self.step_offsets[step]) + rank * self.num_micro_steps(step)

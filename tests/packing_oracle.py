@@ -93,7 +93,7 @@ def _deal(micro_steps: list[list[list[int]]], costs: dict[int, float], num_ranks
     for packs in micro_steps:
         loads = [sum(_cost(pack, costs) for pack in rank) for rank in ranks]
         for rank, pack in zip(sorted(range(num_ranks), key=lambda r: (loads[r], r)), packs, strict=True):
-            ranks[rank].append(sorted(pack))
+            ranks[rank].append(pack)
     return ranks
 
 
