@@ -53,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(dry_run(config, resume=arguments.resume))
         else:
+            from transformers.utils.logging import disable_progress_bar
+
             from .trainer import train
 
+            disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
             train(config, resume=arguments.resume)
         return 0
     except KeyboardInterrupt:

@@ -43,7 +43,9 @@ def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = option("", "policy's initial model: a Hugging Face directory or hub id")
+    path: str = option(
+        "", "initial policy: a folder, a hub id, or smollm2-135m-instruct (made by `python -m inverseq.small_model`)"
+    )
     dtype: str = option("auto", "dtype of weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     device: str = option("auto", "auto (CUDA when there is one), cpu, cuda")
     chat_template: str = option("", "file or shipped name (vicuna, zephyr) replacing the tokenizer's template")

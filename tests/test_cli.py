@@ -2,8 +2,11 @@
 
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -114,6 +117,37 @@ def test_a_dry_run_prints_its_plan_and_ends_with_status_0(capsys, tmp_path, mode
     assert list(tmp_path.iterdir()) == []
 
 
+def environment():
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+
+
+def test_an_interrupt_ends_with_status_130_and_the_command_that_continues_the_run(tmp_path, model_path):
+    run_dir = tmp_path / "a run"
+    words = ["--config", "demo", f"model.path={model_path}", f"run_dir={run_dir}", "epochs=100000"]
+    words += ["model.device=cpu", "prompts.held_out=2", "sampling.samples_per_epoch=2", "sampling.max_new_tokens=4"]
+    command = [sys.executable, "-m", "inverseq.cli", *words]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (run_dir / "checkpoints" / "epoch_0001").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    continued = errors.splitlines()[-1].partition("interrupted; continue with: inverseq-train ")[2]
+    assert shlex.split(continued) == [*words, "--resume"]
+
+
+def test_a_run_that_fails_on_the_way_is_status_1_in_one_line(capsys, tmp_path, model_path):
+    words = ["--config", "demo", f"model.path={model_path}", f"run_dir={tmp_path / 'run'}", "epochs=1"]
+    words += ["model.device=cpu", "prompts.held_out=0", "sampling.samples_per_epoch=2", "sampling.max_new_tokens=2"]
+    words += ["contrast.alpha=1e38"]  # the loss overflows
+    assert main(words) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("inverseq-train: error: optimizer step 1: loss inf")
+
+
 def test_debugging_shows_where_an_error_arose(monkeypatch):
     monkeypatch.setenv("INVERSEQ_DEBUG", "1")
     with pytest.raises(ValueError, match="no such recipe"):
@@ -123,5 +157,4 @@ def test_debugging_shows_where_an_error_arose(monkeypatch):
 def test_help_of_the_installed_command_needs_neither_torch_nor_transformers():
     code = "import sys; sys.argv = ['inverseq-train', '--help']\nfrom inverseq.cli import main\ntry: main()\n"
     code += "except SystemExit: pass\nassert not {'torch', 'transformers'} & set(sys.modules)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), stdout=subprocess.DEVNULL)

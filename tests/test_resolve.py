@@ -193,6 +193,20 @@ def test_the_longest_view_must_fit_the_models_positions(models, tmp_path):
     assert "sampling.max_new_tokens=48" in message and "has 300" in message
 
 
+def test_the_plain_model_must_know_the_positions_too(models, tmp_path):
+    contrast = ("contrast.kind=model", f"contrast.plain_model={models / 'short'}", "contrast.principle=default")
+    assert f"{models / 'short'} has 300" in error_of(config_for(tmp_path, models / "tiny", *contrast))
+
+
+def test_two_models_score_the_views_of_a_sample_in_packs_of_their_own(models, tmp_path):
+    contrast = ("contrast.kind=model", f"contrast.plain_model={models / 'sft'}", "contrast.principle=default")
+    items = stream_items(config_for(tmp_path, models / "tiny", *contrast))
+    needed = max(len(prefix) + len(item.prompt_ids) + 47 for item in items for prefix in item.prefix_ids)
+    resolve(config_for(tmp_path, models / "tiny", *contrast, f"packing.score_tokens={needed}"))
+    message = error_of(config_for(tmp_path, models / "tiny", *contrast, f"packing.score_tokens={needed - 1}"))
+    assert f"at least {needed}" in message
+
+
 def test_test_prompts_come_from_their_own_file_and_long_ones_are_dropped(models, tmp_path, caplog):
     rows = [{"prompt": "what is water?"}, {"prompt": "long " * 500}, {"prompt": "who are you?"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
