@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from inverseq_kernels import backends, checks
+from inverseq_kernels import backends, checks, vocab_parallel
 from inverseq_kernels.checks import IGNORE_INDEX
 
 
@@ -109,6 +110,8 @@ def contrastive_logprob(
     return_reference: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability [A] of each token under softmax(alpha log pi_w + (1 - alpha) log pi_l), in nats.
 
@@ -117,6 +120,9 @@ def contrastive_logprob(
     cut to ``num_valid_vocab`` words. ``alpha`` is any finite number, or one per row; 1 and 0 are exact.
     Rows with IGNORE_INDEX give 0. With ``return_reference`` also log pi_l(y) [A] from the same pass.
     No gradient. Raises ValueError naming the argument. Source: Inverse-Q*, estimated superior policy.
+
+    With ``vocab_group`` weights and biases are this rank's words from ``vocab_start`` on, hidden states are
+    the same on every rank, ``token_ids`` and ``num_valid_vocab`` are global.
     """
     if isinstance(alpha, Tensor):
         dtype = checks.accumulate_dtype(hidden_w.dtype) if isinstance(hidden_w, Tensor) else torch.float32
@@ -141,6 +147,8 @@ def contrastive_logprob(
         num_valid_vocab=num_valid_vocab,
         workspace_bytes=workspace_bytes,
         backend=backend,
+        vocab_group=vocab_group,
+        vocab_start=vocab_start,
     )
     return (targets[0], reference) if return_reference else targets[0]
 
@@ -210,6 +218,8 @@ def _contrast(
     num_valid_vocab,
     workspace_bytes,
     backend,
+    vocab_group=None,
+    vocab_start=0,
 ) -> tuple[Tensor, Tensor]:
     """Check every argument and call the custom operation without a graph."""
     checks.check_head("_w", hidden_w, weight_w, bias_w)
@@ -223,14 +233,27 @@ def _contrast(
     if weight_l.shape[0] != weight_w.shape[0]:
         raise ValueError(f"weight_l has {weight_l.shape[0]} rows, expected {weight_w.shape[0]} like weight_w")
     checks.check_rows("token_ids", token_ids, hidden_w, (torch.int64,))
+    vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
+    if vocab_group is not None:
+        num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, weight_w.shape[0])
     softcap, temperature, valid = checks.check_settings(
         softcap, temperature, num_valid_vocab, weight_w.shape[0]
     )
+    workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden_w)
     if checks.should_check_values(token_ids):
-        checks.check_token_values(token_ids, valid)
         checks.check_bias_values("bias_w", bias_w)
         checks.check_bias_values("bias_l", bias_l)
-    workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden_w)
+    if vocab_group is not None:
+        return vocab_parallel.parallel_contrast(
+            (hidden_w, weight_w, bias_w, hidden_l, weight_l, bias_l),
+            token_ids,
+            alphas,
+            vocab_start=vocab_start,
+            settings=vocab_parallel.settings(softcap, temperature, valid, workspace_bytes),
+            group=vocab_group,
+        )
+    if checks.should_check_values(token_ids):
+        checks.check_token_values(token_ids, valid)
     backend = backends.choose_backend(backend, backends.CONTRASTIVE, hidden_w)
     with torch.no_grad():
         return torch.ops.inverseq_kernels.contrastive_logprob(

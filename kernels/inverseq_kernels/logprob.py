@@ -5,9 +5,10 @@ chunk and takes any upstream gradient. The entropy of the softmax is optional an
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from inverseq_kernels import backends, checks
+from inverseq_kernels import backends, checks, vocab_parallel
 
 
 @torch.library.custom_op(
@@ -158,6 +159,8 @@ def linear_logprob(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability [A] fp32 of each token in nats, and the softmax's entropy [A] when asked for.
 
@@ -165,15 +168,35 @@ def linear_logprob(
     ``token_ids`` with fp32 logits throughout, softcapped, divided by the temperature and cut to
     ``num_valid_vocab`` words. Differentiable in hidden, weight and bias for any upstream gradient, once.
     Rows with IGNORE_INDEX give 0 and no gradient. Raises ValueError naming the argument.
+
+    With ``vocab_group`` weight and bias are this rank's words from ``vocab_start`` on, hidden is the same on
+    every rank, ``token_ids`` and ``num_valid_vocab`` are global, and hidden's gradient is summed over ranks.
     """
     checks.check_head("", hidden, weight, bias)
     checks.check_rows("token_ids", token_ids, hidden, (torch.int64,))
+    vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
+    if vocab_group is not None:
+        num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, weight.shape[0])
     softcap, temperature, valid = checks.check_settings(
         softcap, temperature, num_valid_vocab, weight.shape[0]
     )
+    workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden)
+    if checks.should_check_values(token_ids):
+        checks.check_bias_values("bias", bias)
+    if vocab_group is not None:
+        logprobs, entropy = vocab_parallel.parallel_logprob(
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            vocab_start=vocab_start,
+            want_entropy=bool(return_entropy),
+            settings=vocab_parallel.settings(softcap, temperature, valid, workspace_bytes),
+            group=vocab_group,
+        )
+        return (logprobs, entropy) if return_entropy else logprobs
     if checks.should_check_values(token_ids):
         checks.check_token_values(token_ids, valid)
-        checks.check_bias_values("bias", bias)
     logprobs, _, entropy = torch.ops.inverseq_kernels.linear_logprob(
         hidden,
         weight,
@@ -183,7 +206,7 @@ def linear_logprob(
         temperature,
         valid,
         bool(return_entropy),
-        backends.resolve_workspace(workspace_bytes, hidden),
+        workspace_bytes,
         backends.choose_backend(backend, backends.LOGPROB, hidden),
     )
     return (logprobs, entropy) if return_entropy else logprobs

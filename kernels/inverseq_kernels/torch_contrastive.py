@@ -5,6 +5,7 @@ The logits are mixed in fp32, so nothing is rounded, and log pi_l(y) comes from 
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
@@ -34,8 +35,12 @@ def contrastive_forward(
     temperature: float,
     num_valid_vocab: int,
     workspace_bytes: int,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Targets [K, A] and log pi_l(y) [A], fp32 or float64; ignored rows are 0."""
+    """Targets [K, A] and log pi_l(y) [A], fp32 or float64; ignored rows are 0.
+
+    With ``group`` the weights are this rank's part of the vocabulary and the results are the whole one's.
+    """
     settings = HeadSettings(softcap, temperature, num_valid_vocab)
     better, plain = Head(hidden_w, weight_w, bias_w, settings), Head(hidden_l, weight_l, bias_l, settings)
     num_alphas, num_rows = alphas.shape[0], hidden_w.shape[0]
@@ -74,6 +79,11 @@ def contrastive_forward(
                 plain.remove_words(views[1], start, stop)
                 gather_labels_(reference_labels[rows], views[1], token_ids[rows], start, stop)
                 reference.add_(views[1], rows)
+    if group is not None:
+        for state in (*mixed, reference):
+            state.reduce_(group)
+        dist.all_reduce(labels, group=group)
+        dist.all_reduce(reference_labels, group=group)
     ignored = token_ids == IGNORE_INDEX
     targets = torch.empty_like(labels)
     for k, state in enumerate(mixed):

@@ -87,6 +87,7 @@ def write_logit_gradient_(
             part.exp_().mul_(factor)
         if slope is not None:
             part.mul_(slope)
+    label_gradient = label_gradient.masked_fill(token_ids < 0, 0.0)  # ignored, or another rank's word
     logits.scatter_add_(1, column, label_gradient[:, None])
 
 

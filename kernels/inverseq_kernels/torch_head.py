@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX, accumulate_dtype
@@ -17,6 +18,8 @@ from inverseq_kernels.checks import IGNORE_INDEX, accumulate_dtype
 MIN_ROWS = 16
 # Start of a running maximum: finite, so that rescaling an empty state is exp(-1e30 - m) = 0, never NaN.
 EMPTY_MAX = -1e30
+# Token id of a row whose word another rank holds: it has a log-sum-exp here and no label.
+NOT_IN_SHARD = -1
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,18 @@ class OnlineLogSumExp:
             moment.add_(total * shift).mul_(scale).add_(products.sum(dim=1))
         total.mul_(scale).add_(weights.sum(dim=1))
         old.copy_(new)
+
+    def reduce_(self, group: dist.ProcessGroup) -> None:
+        """Combine with the states of the group's other ranks, which hold other words of the same rows."""
+        total = self.maximum.clone()
+        dist.all_reduce(total, dist.ReduceOp.MAX, group=group)
+        shift = self.maximum - total
+        scale = shift.exp()
+        if self.moment is not None:
+            self.moment.add_(self.sum * shift).mul_(scale)
+            dist.all_reduce(self.moment, group=group)
+        dist.all_reduce(self.sum.mul_(scale), group=group)
+        self.maximum.copy_(total)
 
     def value(self) -> Tensor:
         """[A] log-sum-exp."""

@@ -3,6 +3,7 @@
 Left out: autograd and argument checks, which live in logprob.py.
 """
 
+import torch.distributed as dist
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
@@ -59,8 +60,12 @@ def logprob_forward(
     num_valid_vocab: int,
     want_entropy: bool,
     workspace_bytes: int,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [A], log-sum-exp [A] and entropy ([A], or [0] when not wanted), fp32 or float64."""
+    """Log-probs [A], log-sum-exp [A] and entropy ([A], or [0] when not wanted), fp32 or float64.
+
+    With ``group`` the weight is this rank's part of the vocabulary and the results are the whole one's.
+    """
     head = Head(hidden, weight, bias, HeadSettings(softcap, temperature, num_valid_vocab))
     num_rows = hidden.shape[0]
     like = hidden.new_empty(0, dtype=head.dtype)
@@ -86,6 +91,9 @@ def logprob_forward(
                 head.remove_words(logits, start, stop)
                 gather_labels_(labels[rows], logits, token_ids[rows], start, stop)
                 state.add_(logits, rows, scratch[: logits.numel()].view(shape) if want_entropy else None)
+    if group is not None:
+        state.reduce_(group)
+        dist.all_reduce(labels, group=group)
     ignored = token_ids == IGNORE_INDEX
     logprobs = state.logprobs(labels).masked_fill_(ignored, 0.0)
     entropy = state.entropy().masked_fill_(ignored, 0.0) if want_entropy else like

@@ -1,0 +1,149 @@
+"""A head split over two ranks gives the values and gradients of the whole one (two gloo processes)."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from inverseq_kernels import IGNORE_INDEX, contrastive_logprob, linear_logprob
+
+from tests import kernels_oracle as oracle
+
+NUM_WORDS, SPLIT, NUM_VALID = 23, 9, 20
+SHARDS = [slice(0, SPLIT), slice(SPLIT, NUM_WORDS)]
+
+
+def make_problems():
+    better = oracle.make_problem(12, 6, NUM_WORDS, dtype=torch.float64, ignored=(3,))
+    plain = oracle.make_problem(12, 4, NUM_WORDS, dtype=torch.float64, seed=1)
+    better.token_ids.clamp_(max=NUM_VALID - 1)
+    better.token_ids[:3] = torch.tensor([0, SPLIT - 1, SPLIT])
+    with torch.no_grad():
+        better.bias[2], plain.bias[SPLIT + 1] = -math.inf, -math.inf
+        better.bias[:SPLIT] += 30.0  # the ranks' maxima differ, so a combination that forgets them shows
+    return better, plain
+
+
+def run_rank(rank: int, store: str, failures) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        check_logprob(rank)
+        check_contrast(rank)
+        check_bad_arguments(rank)
+        dist.barrier()
+    except Exception as error:
+        failures.put(f"rank {rank}: {error!r}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def check_logprob(rank: int) -> None:
+    whole, _ = make_problems()
+    words = SHARDS[rank]
+    hidden = whole.hidden.detach().clone().requires_grad_()
+    weight, bias = (tensor.detach()[words].clone().requires_grad_() for tensor in (whole.weight, whole.bias))
+    upstream = torch.randn(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    settings = {"softcap": 8.0, "temperature": 1.3, "num_valid_vocab": NUM_VALID, "return_entropy": True}
+    outputs = linear_logprob(
+        hidden,
+        weight,
+        whole.token_ids,
+        bias=bias,
+        vocab_group=dist.group.WORLD,
+        vocab_start=words.start,
+        workspace_bytes=2000,
+        **settings,
+    )
+    expected = linear_logprob(whole.hidden, whole.weight, whole.token_ids, bias=whole.bias, **settings)
+    for output, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, reference)
+    finite = expected[0].detach().isfinite()
+    gradients = torch.autograd.grad(
+        (outputs[0][finite] * upstream[0, finite]).sum() + (outputs[1] * upstream[1]).sum(),
+        (hidden, weight, bias),
+    )
+    references = torch.autograd.grad(
+        (expected[0][finite] * upstream[0, finite]).sum() + (expected[1] * upstream[1]).sum(), whole.leaves
+    )
+    torch.testing.assert_close(gradients[0], references[0])
+    torch.testing.assert_close(gradients[1], references[1][words])
+    torch.testing.assert_close(gradients[2], references[2][words])
+
+
+def check_contrast(rank: int) -> None:
+    better, plain = make_problems()
+    words = SHARDS[rank]
+    for alpha in (1.4, torch.linspace(-1, 2, 12, dtype=torch.float64)):
+        actual = contrastive_logprob(
+            better.hidden,
+            better.weight[words],
+            plain.hidden,
+            plain.weight[words],
+            better.token_ids,
+            alpha,
+            bias_w=better.bias[words],
+            bias_l=plain.bias[words],
+            num_valid_vocab=NUM_VALID,
+            return_reference=True,
+            vocab_group=dist.group.WORLD,
+            vocab_start=words.start,
+        )
+        expected = contrastive_logprob(
+            better.hidden,
+            better.weight,
+            plain.hidden,
+            plain.weight,
+            better.token_ids,
+            alpha,
+            bias_w=better.bias,
+            bias_l=plain.bias,
+            num_valid_vocab=NUM_VALID,
+            return_reference=True,
+        )
+        for output, reference in zip(actual, expected, strict=True):
+            assert not output.requires_grad
+            torch.testing.assert_close(output, reference)
+
+
+def check_bad_arguments(rank: int) -> None:
+    hidden, weight = torch.zeros(2, 3), torch.zeros(4, 3)
+    keywords = {"vocab_group": dist.group.WORLD, "vocab_start": 4 * rank}
+    for token_ids in (torch.tensor([0, 8]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="token_ids"):
+            linear_logprob(hidden, weight, token_ids, **keywords)
+    with pytest.raises(ValueError, match="vocab_start"):  # both ranks claim the same words
+        linear_logprob(hidden, weight, torch.tensor([0, 1]), vocab_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="backend='triton'"):
+        linear_logprob(hidden, weight, torch.tensor([0, 1]), backend="triton", **keywords)
+    ignored = linear_logprob(hidden, weight, torch.tensor([IGNORE_INDEX, 7]), **keywords)
+    torch.testing.assert_close(ignored, torch.tensor([0.0, -math.log(8)]))
+
+
+def test_two_ranks_give_the_whole_heads_values_and_gradients(tmp_path):
+    context = mp.get_context("spawn")
+    failures = context.SimpleQueue()
+    processes = [
+        context.Process(target=run_rank, args=(rank, str(tmp_path / "store"), failures)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    messages = [] if failures.empty() else [failures.get()]
+    assert [process.exitcode for process in processes] == [0, 0], messages
+
+
+def test_vocab_arguments_raise_value_errors_that_name_them():
+    hidden, weight, token_ids = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
+    for name, keywords in (
+        ("vocab_start", {"vocab_start": 4}),
+        ("vocab_start", {"vocab_start": -1}),
+        ("vocab_start", {"vocab_start": 1.0}),
+        ("vocab_group", {"vocab_group": "world"}),
+    ):
+        with pytest.raises(ValueError, match=name):
+            linear_logprob(hidden, weight, token_ids, **keywords)
+        with pytest.raises(ValueError, match=name):
+            contrastive_logprob(hidden, weight, hidden, weight, token_ids, 1.4, **keywords)
