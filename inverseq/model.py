@@ -23,6 +23,7 @@ __all__ = [
     "Head",
     "action_hidden",
     "check_head",
+    "enable_gradient_checkpointing",
     "frozen_copy",
     "head_of",
     "load_model",
@@ -138,6 +139,13 @@ def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) 
             f"{type(model).__name__}: hidden states times the output embedding differ from the model's own logits by "
             f"{error:.1e} of their size; this architecture's head is not supported"
         )
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass (transformers renamed the method in 5.2x)."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

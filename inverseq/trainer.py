@@ -21,7 +21,7 @@ from .config import Config
 from .engine import Engine, TorchEngine
 from .export import export_model
 from .metrics import MetricsLog
-from .model import FrozenPair, check_head, frozen_copy, load_model
+from .model import FrozenPair, check_head, enable_gradient_checkpointing, frozen_copy, load_model
 from .packing import pack_views
 from .policy import Policy
 from .progress import Progress
@@ -95,7 +95,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         evaluate_if_due(state)
         while state.epoch < config.epochs:
             run_epoch(state, config)
-        export_model(state.policy.model, resolved.tokenizer, state.run_dir / "export")
+        template = resolved.renderer.chat_template
+        export_model(state.policy.model, resolved.tokenizer, state.run_dir / "export", chat_template=template)
         state.progress.summary(state.run_dir)
     finally:
         state.sampler.close()
@@ -140,7 +141,7 @@ def build_state(resolved: Resolved) -> State:
     better = frozen_copy(initial)
     plain = load_model(resolved.plain_model_path, config.model) if config.contrast.kind == "model" else better
     if config.model.gradient_checkpointing:
-        initial.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(initial)
     policy = Policy(initial, resolved.num_valid_vocab, config.engine)
     updates = config.epochs * len(step_sizes(config.sampling.samples_per_epoch, config.optim.samples_per_step))
     return State(

@@ -10,7 +10,7 @@ import torch
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import EngineConfig, ModelConfig, OptimConfig, PackingConfig
 from inverseq.engine import NonFiniteError, TorchEngine, learning_rate_factor
-from inverseq.model import load_model
+from inverseq.model import enable_gradient_checkpointing, load_model
 from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
 from inverseq.steps import plan_steps, step_sizes
@@ -98,6 +98,20 @@ def test_targets_equal_to_the_policy_give_no_loss_and_no_gradient(model):
     metrics = engine.train_step(replace(steps[0], targets=own))
     assert metrics.loss < 1e-9
     assert metrics.grad_norm < 1e-4
+
+
+def test_gradient_checkpointing_does_not_change_the_update(model):
+    scored = scored_samples(model)
+    step = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))[0]
+    plain, recomputing = make_engine(model), make_engine(model)
+    enable_gradient_checkpointing(recomputing.policy.model)
+    layer_calls = []
+    recomputing.policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: layer_calls.append(1))
+    expected, actual = plain.train_step(step), recomputing.train_step(step)
+    assert len(layer_calls) == 2 * len(step.packs), "the layer runs again in the backward pass"
+    assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+    for a, b in zip(plain.policy.parameters(), recomputing.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_metrics_are_those_of_the_formula(model):
