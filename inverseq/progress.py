@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as LiveBars
@@ -24,16 +25,16 @@ __all__ = ["Progress", "epoch_table"]
 # (heading, metrics key, format), in the order of the table
 COLUMNS = (
     ("epoch", "epoch", "d"),
-    ("held-out (log ratio)²", "held_out/mean_squared_log_ratio", ".4f"),
+    ("held-out\n(log ratio)²", "held_out/mean_squared_log_ratio", ".4f"),
     ("loss", "loss", ".4f"),
-    ("rms log ratio", "rms_log_ratio", ".3f"),
-    ("KL to plain", "kl_to_plain", ".4f"),
-    ("response tokens", "response_length", ".1f"),
-    ("ended by EOS", "eos_rate", ".0%"),
-    ("sample s", "sample_duration_s", ".1f"),
-    ("score s", "score_duration_s", ".1f"),
-    ("train s", "train_duration_s", ".1f"),
-    ("train tokens/s", "train_tokens_per_second", ",.0f"),
+    ("rms\nlog ratio", "rms_log_ratio", ".3f"),
+    ("KL to\nplain", "kl_to_plain", ".4f"),
+    ("response\ntokens", "response_length", ".1f"),
+    ("ended\nby EOS", "eos_rate", ".0%"),
+    ("sample\ns", "sample_duration_s", ".1f"),
+    ("score\ns", "score_duration_s", ".1f"),
+    ("train\ns", "train_duration_s", ".1f"),
+    ("train\ntokens/s", "train_tokens_per_second", ",.0f"),
 )
 TABLE_WIDTH = 118  # where the output is no terminal
 
@@ -85,7 +86,7 @@ class Progress:
 def epoch_table(rows: list[dict[str, Any]]) -> Table:
     """One line per epoch row; a metric that a row lacks is shown as –, a column that no row has is left out."""
     columns = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
-    table = Table(*(heading for heading, _, _ in columns))
+    table = Table(*(heading for heading, _, _ in columns), box=SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
     for row in rows:
