@@ -11,7 +11,9 @@ Left out: attention sinks and, on CUDA, logit softcapping (both are refused).
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,8 @@ from transformers import AttentionInterface
 from .records import PackedViews
 
 __all__ = ["ATTENTION_NAME", "AttentionLayout", "attention_layout"]
+
+logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "inverseq_varlen"
 
@@ -100,6 +104,7 @@ def packed_attention(
 def _varlen_attention(query, key, value, layout: AttentionLayout, scaling, sliding_window) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    _warn_never_verified()
     # torch 2.10 takes is_causal, later releases express it as a window; (W − 1, 0) sees W keys.
     if "window_size" in inspect.signature(varlen_attn).parameters:
         causal = {"window_size": (sliding_window - 1 if sliding_window else -1, 0)}
@@ -121,6 +126,11 @@ def _varlen_attention(query, key, value, layout: AttentionLayout, scaling, slidi
         **causal,
     )
     return out[None]
+
+
+@functools.cache
+def _warn_never_verified() -> None:
+    logger.warning("attention through torch's varlen_attn has never been verified on a CUDA device by this project")
 
 
 def _per_sequence_attention(query, key, value, layout: AttentionLayout, scaling, sliding_window, softcap) -> Tensor:
