@@ -30,7 +30,7 @@ logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
 
 CPU_PAGE_TOKENS = 32  # tokens per page of the key-value cache
 CUDA_PAGE_TOKENS = 256  # what paged FlashAttention kernels read
-CPU_STEP_TOKENS = 512  # prompt and decoded tokens of one forward pass
+CPU_STEP_TOKENS = 256  # prompt and decoded tokens of one forward pass
 CUDA_STEP_TOKENS = 4096
 CUDA_CACHE_FRACTION = 0.8  # of free memory, when the cache of a full batch does not fit
 POLL_S = 0.5
