@@ -170,6 +170,22 @@ def test_a_long_list_of_lengths_equals_the_oracle():
         assert [[pack.tolist() for pack in plan.packs(0, rank)] for rank in range(num_ranks)] == expected
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [60] + [4] * 17,  # evenly spread cost would put 68 tokens into one pack
+        [64, 33, 32, 31] + [8] * 20,
+        np.random.default_rng(3).integers(1, 65, 50).tolist(),
+    ],
+)
+def test_attention_cost_balances_packs_without_breaking_the_budget(lengths):
+    keywords = {"token_budget": 64, "num_ranks": 2, "linear_cost": 0.0, "attention_cost": 1.0}
+    plan = plan_packs(np.array(lengths), **keywords)
+    (expected,) = oracle_plan(lengths, **keywords)
+    assert [[pack.tolist() for pack in plan.packs(0, rank)] for rank in (0, 1)] == expected
+    assert all(sum(lengths[i] for i in pack) <= 64 for rank in expected for pack in rank)
+
+
 def test_packs_are_99_percent_full_where_lengths_allow():
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(5.5, 0.8, 20_000), 2, 4096).astype(np.int64)
