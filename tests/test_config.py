@@ -173,6 +173,13 @@ def test_a_file_takes_defaults_for_what_it_leaves_out(tmp_path):
     assert config.contrast.alpha == defaults["contrast.alpha"]
 
 
+def test_a_replayed_run_cannot_answer_test_prompts():
+    replayed = ["sampling.backend=replay", "sampling.replay_path=runs/earlier"]
+    assert load_config("demo", replayed).sampling.replay_path == "runs/earlier"
+    with pytest.raises(ValueError, match="evaluation.every=2: expected 0 with a replayed run"):
+        load_config("demo", [*replayed, "evaluation.every=2"])
+
+
 def test_a_file_path_is_preferred_to_nothing_but_a_recipe_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, MINIMAL, "own")
