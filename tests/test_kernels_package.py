@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inverseq_kernels import (
+    backends,
     contrastive_logprob,
     contrastive_logprob_sweep,
     linear_logprob,
@@ -164,3 +166,46 @@ def test_copied_folder_works_alone_also_without_triton(tmp_path, without_triton)
         check=False,
     )
     assert result.returncode == 0 and "works alone" in result.stdout, result.stderr
+
+
+def readme_text() -> str:
+    return (PACKAGE.parent / "README.md").read_text()
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme_text(), flags=re.DOTALL)
+
+
+def test_readme_examples_run_and_their_after_equals_their_before():
+    better, plain = (
+        oracle.make_problem(12, 6, 17, bias=False),
+        oracle.make_problem(12, 6, 17, bias=False, seed=1),
+    )
+    names = {name: getattr(inverseq_kernels, name) for name in inverseq_kernels.__all__}
+    names |= {"torch": torch, "F": torch.nn.functional, "targets": torch.zeros(12), "num_tokens": 12}
+    names |= {"hidden": better.hidden, "weight": better.weight, "token_ids": better.token_ids}
+    names |= {"hidden_w": better.hidden, "weight_w": better.weight}
+    names |= {"hidden_l": plain.hidden, "weight_l": plain.weight}
+    for block in readme_blocks():
+        exec(block, names)
+    sequence, vector = torch.arange(12) % 4, torch.randn(12)
+    heads = (better.hidden, better.weight, plain.hidden, plain.weight, better.token_ids)
+    arguments = {
+        "dpo": (*heads, sequence, 2),
+        "grpo": (better.hidden, better.weight, better.token_ids, -3 + vector / 10, vector),
+        "distillation": heads,
+    }
+    assert {name.removesuffix("_loss_after") for name in names if name.endswith("_after")} == set(arguments)
+    for name, values in arguments.items():
+        before, after = (names[f"{name}_loss_{when}"](*values) for when in ("before", "after"))
+        torch.testing.assert_close(after, before)
+        leaves = (better.hidden, better.weight)
+        for actual, expected in zip(
+            torch.autograd.grad(after, leaves), torch.autograd.grad(before, leaves), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_readme_says_never_exactly_for_the_paths_that_warn():
+    rows = re.findall(r"^\| (torch|triton) \| (CUDA)[^|]*\| never \|", readme_text(), flags=re.MULTILINE)
+    assert {(backend, device.lower()) for backend, device in rows} == backends.NEVER_VERIFIED

@@ -28,6 +28,8 @@ _TRITON_OPS = frozenset(
     for stem in (CONTRASTIVE, LOGPROB, LOSS)
     if _HAS_TRITON and importlib.util.find_spec(f"{__package__}.triton_{stem}") is not None
 )
+# Paths that no run has confirmed on their device yet; the README's table "Verified on" says "never".
+NEVER_VERIFIED = frozenset({("torch", "cuda"), ("triton", "cuda")})
 _warned: set[str] = set()
 
 
@@ -44,19 +46,17 @@ def choose_backend(backend: str | None, stem: str, hidden: Tensor) -> str:
     """
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
-    if backend == "torch":
-        return backend
-    obstacle = _triton_obstacle(stem, hidden)
-    if backend == "triton":
-        if obstacle is not None:
-            raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
-        return backend
-    if hidden.device.type != "cuda":
-        return "torch"
-    if obstacle is None:
-        return "triton"
-    _warn_once(f"inverseq_kernels: the {stem} operation runs on the slower torch backend: {obstacle}")
-    return "torch"
+    obstacle = None if backend == "torch" else _triton_obstacle(stem, hidden)
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
+    device = hidden.device.type
+    if backend is None:
+        backend = "triton" if device == "cuda" and obstacle is None else "torch"
+        if device == "cuda" and obstacle is not None:
+            _warn_once(f"inverseq_kernels: {stem} runs on the slower torch backend: {obstacle}")
+    if (backend, device) in NEVER_VERIFIED:
+        _warn_once(f"inverseq_kernels: the {backend} backend has never been verified on {device}")
+    return backend
 
 
 def resolve_workspace(workspace_bytes: int | None, hidden: Tensor) -> int:

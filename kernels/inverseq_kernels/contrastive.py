@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inverseq_kernels import backends, checks, vocab_parallel
 from inverseq_kernels.checks import IGNORE_INDEX
+from inverseq_kernels.torch_head import disabled_autocast
 
 
 def contrastive_reference(
@@ -74,16 +75,17 @@ def _contrastive_op(
     plain = backends.prepare_head(backend, hidden_l, weight_l, bias_l)
     if weight_w.data_ptr() == weight_l.data_ptr() and better[1].shape == plain[1].shape:
         plain = (plain[0], better[1] if better[1].dtype == plain[1].dtype else plain[1], plain[2])
-    return backends.backend_module(backend, backends.CONTRASTIVE).contrastive_forward(
-        *better,
-        *plain,
-        token_ids.contiguous(),
-        alphas.contiguous(),
-        softcap=softcap,
-        temperature=temperature,
-        num_valid_vocab=num_valid_vocab,
-        workspace_bytes=workspace_bytes,
-    )
+    with disabled_autocast(hidden_w):
+        return backends.backend_module(backend, backends.CONTRASTIVE).contrastive_forward(
+            *better,
+            *plain,
+            token_ids.contiguous(),
+            alphas.contiguous(),
+            softcap=softcap,
+            temperature=temperature,
+            num_valid_vocab=num_valid_vocab,
+            workspace_bytes=workspace_bytes,
+        )
 
 
 @_contrastive_op.register_fake

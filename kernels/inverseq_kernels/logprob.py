@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inverseq_kernels import backends, checks, vocab_parallel
+from inverseq_kernels.torch_head import disabled_autocast
 
 
 @torch.library.custom_op(
@@ -30,15 +31,16 @@ def _logprob_op(
     workspace_bytes,
     backend,
 ):
-    return backends.backend_module(backend, backends.LOGPROB).logprob_forward(
-        *backends.prepare_head(backend, hidden, weight, bias),
-        token_ids.contiguous(),
-        softcap=softcap,
-        temperature=temperature,
-        num_valid_vocab=num_valid_vocab,
-        want_entropy=want_entropy,
-        workspace_bytes=workspace_bytes,
-    )
+    with disabled_autocast(hidden):
+        return backends.backend_module(backend, backends.LOGPROB).logprob_forward(
+            *backends.prepare_head(backend, hidden, weight, bias),
+            token_ids.contiguous(),
+            softcap=softcap,
+            temperature=temperature,
+            num_valid_vocab=num_valid_vocab,
+            want_entropy=want_entropy,
+            workspace_bytes=workspace_bytes,
+        )
 
 
 @_logprob_op.register_fake
@@ -72,19 +74,20 @@ def _logprob_backward_op(
     workspace_bytes,
     backend,
 ):
-    gradients = backends.backend_module(backend, backends.LOGPROB).logprob_backward(
-        grad_logprobs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(),
-        *backends.prepare_head(backend, hidden, weight, bias),
-        token_ids.contiguous(),
-        lse,
-        entropy,
-        softcap=softcap,
-        temperature=temperature,
-        num_valid_vocab=num_valid_vocab,
-        needs=tuple(needs),
-        workspace_bytes=workspace_bytes,
-    )
+    with disabled_autocast(hidden):
+        gradients = backends.backend_module(backend, backends.LOGPROB).logprob_backward(
+            grad_logprobs.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            *backends.prepare_head(backend, hidden, weight, bias),
+            token_ids.contiguous(),
+            lse,
+            entropy,
+            softcap=softcap,
+            temperature=temperature,
+            num_valid_vocab=num_valid_vocab,
+            needs=tuple(needs),
+            workspace_bytes=workspace_bytes,
+        )
     return backends.finish_gradients(gradients, (hidden, weight, bias))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inverseq_kernels import backends, checks
 from inverseq_kernels.checks import IGNORE_INDEX
+from inverseq_kernels.torch_head import disabled_autocast
 
 
 @torch.library.custom_op(
@@ -36,18 +37,21 @@ def _loss_op(
     backend,
 ):
     one = torch.ones((), dtype=checks.accumulate_dtype(hidden.dtype), device=hidden.device)
-    loss, logprobs, *gradients = backends.backend_module(backend, backends.LOSS).squared_log_ratio_forward(
-        *backends.prepare_head(backend, hidden, weight, bias),
-        token_ids.contiguous(),
-        targets.contiguous(),
-        row_weights.contiguous(),
-        one,
-        softcap=softcap,
-        temperature=temperature,
-        num_valid_vocab=num_valid_vocab,
-        needs=tuple(needs),
-        workspace_bytes=workspace_bytes,
-    )
+    with disabled_autocast(hidden):
+        loss, logprobs, *gradients = backends.backend_module(
+            backend, backends.LOSS
+        ).squared_log_ratio_forward(
+            *backends.prepare_head(backend, hidden, weight, bias),
+            token_ids.contiguous(),
+            targets.contiguous(),
+            row_weights.contiguous(),
+            one,
+            softcap=softcap,
+            temperature=temperature,
+            num_valid_vocab=num_valid_vocab,
+            needs=tuple(needs),
+            workspace_bytes=workspace_bytes,
+        )
     return (loss, logprobs, *backends.finish_gradients(gradients, (hidden, weight, bias)))
 
 

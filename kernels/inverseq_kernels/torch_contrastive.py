@@ -14,7 +14,6 @@ from inverseq_kernels.torch_head import (
     HeadSettings,
     OnlineLogSumExp,
     blocks,
-    disabled_autocast,
     gather_labels_,
     load_rows,
 )
@@ -60,25 +59,24 @@ def contrastive_forward(
         workspace_bytes=workspace_bytes,
     )
     tiles = [like.new_empty(min(rows_per_tile, num_rows) * block_words) for _ in range(num_tiles)]
-    with disabled_autocast(hidden_w):
-        for start, stop in blocks(better.num_words, block_words):
-            for first, last in blocks(num_rows, rows_per_tile):
-                rows, shape = slice(first, last), (last - first, stop - start)
-                views = [tile[: shape[0] * shape[1]].view(shape) for tile in tiles]
-                for head, hidden, view in zip((better, plain), (hidden_w, hidden_l), views[:2], strict=True):
-                    operand = load_rows(hidden, token_ids, rows, head.operand_dtype)
-                    head.write_logits(view, operand, start, stop, block_words)
-                for k in range(num_alphas):
-                    alpha = alphas[k, rows][:, None]
-                    out = views[0] if k == num_alphas - 1 else views[2]
-                    torch.mul(views[0], alpha, out=out).addcmul_(views[1], 1 - alpha)
-                    better.remove_words(out, start, stop)
-                    plain.remove_words(out, start, stop)
-                    gather_labels_(labels[k, rows], out, token_ids[rows], start, stop)
-                    mixed[k].add_(out, rows)
-                plain.remove_words(views[1], start, stop)
-                gather_labels_(reference_labels[rows], views[1], token_ids[rows], start, stop)
-                reference.add_(views[1], rows)
+    for start, stop in blocks(better.num_words, block_words):
+        for first, last in blocks(num_rows, rows_per_tile):
+            rows, shape = slice(first, last), (last - first, stop - start)
+            views = [tile[: shape[0] * shape[1]].view(shape) for tile in tiles]
+            for head, hidden, view in zip((better, plain), (hidden_w, hidden_l), views[:2], strict=True):
+                operand = load_rows(hidden, token_ids, rows, head.operand_dtype)
+                head.write_logits(view, operand, start, stop, block_words)
+            for k in range(num_alphas):
+                alpha = alphas[k, rows][:, None]
+                out = views[0] if k == num_alphas - 1 else views[2]
+                torch.mul(views[0], alpha, out=out).addcmul_(views[1], 1 - alpha)
+                better.remove_words(out, start, stop)
+                plain.remove_words(out, start, stop)
+                gather_labels_(labels[k, rows], out, token_ids[rows], start, stop)
+                mixed[k].add_(out, rows)
+            plain.remove_words(views[1], start, stop)
+            gather_labels_(reference_labels[rows], views[1], token_ids[rows], start, stop)
+            reference.add_(views[1], rows)
     if group is not None:
         for state in (*mixed, reference):
             state.reduce_(group)

@@ -122,7 +122,7 @@ def blocks(total: int, size: int) -> list[tuple[int, int]]:
 
 
 def disabled_autocast(tensor: Tensor) -> torch.autocast:
-    """Autocast would turn the fp32 matmuls inside a custom operation into half precision."""
+    """Autocast is still on inside a custom operation and would make its fp32 matmuls half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

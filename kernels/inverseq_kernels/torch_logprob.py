@@ -14,7 +14,6 @@ from inverseq_kernels.torch_head import (
     HeadSettings,
     OnlineLogSumExp,
     blocks,
-    disabled_autocast,
     gather_labels_,
     load_rows,
 )
@@ -80,17 +79,16 @@ def logprob_forward(
     )
     tile_size = min(rows_per_tile, num_rows) * block_words
     tile, scratch = like.new_empty(tile_size), like.new_empty(tile_size if want_entropy else 0)
-    with disabled_autocast(hidden):
-        for start, stop in blocks(head.num_words, block_words):
-            for first, last in blocks(num_rows, rows_per_tile):
-                rows, shape = slice(first, last), (last - first, stop - start)
-                logits = tile[: shape[0] * shape[1]].view(shape)
-                head.write_logits(
-                    logits, load_rows(hidden, token_ids, rows, head.operand_dtype), start, stop, block_words
-                )
-                head.remove_words(logits, start, stop)
-                gather_labels_(labels[rows], logits, token_ids[rows], start, stop)
-                state.add_(logits, rows, scratch[: logits.numel()].view(shape) if want_entropy else None)
+    for start, stop in blocks(head.num_words, block_words):
+        for first, last in blocks(num_rows, rows_per_tile):
+            rows, shape = slice(first, last), (last - first, stop - start)
+            logits = tile[: shape[0] * shape[1]].view(shape)
+            head.write_logits(
+                logits, load_rows(hidden, token_ids, rows, head.operand_dtype), start, stop, block_words
+            )
+            head.remove_words(logits, start, stop)
+            gather_labels_(labels[rows], logits, token_ids[rows], start, stop)
+            state.add_(logits, rows, scratch[: logits.numel()].view(shape) if want_entropy else None)
     if group is not None:
         state.reduce_(group)
         dist.all_reduce(labels, group=group)
@@ -125,14 +123,13 @@ def logprob_backward(
     if grad_entropy is not None:
         grad_entropy = grad_entropy.to(head.dtype).masked_fill(ignored, 0.0)
     buffer = plan.new_buffer(hidden, head)
-    with disabled_autocast(hidden):
-        for first, last in blocks(hidden.shape[0], plan.rows):
-            rows = slice(first, last)
-            hidden_rows = load_rows(hidden, token_ids, rows, head.operand_dtype)
-            logits = buffer[: (last - first) * head.num_words].view(last - first, head.num_words)
-            for start, stop in blocks(head.num_words, plan.block_words):
-                head.write_logits(logits[:, start:stop], hidden_rows, start, stop, plan.block_words)
-            entropy_rows = None if grad_entropy is None else (grad_entropy[rows], entropy[rows])
-            write_logit_gradient_(logits, lse[rows], grad_logprobs[rows], entropy_rows, token_ids[rows], head)
-            sums.add(logits, hidden_rows, rows)
+    for first, last in blocks(hidden.shape[0], plan.rows):
+        rows = slice(first, last)
+        hidden_rows = load_rows(hidden, token_ids, rows, head.operand_dtype)
+        logits = buffer[: (last - first) * head.num_words].view(last - first, head.num_words)
+        for start, stop in blocks(head.num_words, plan.block_words):
+            head.write_logits(logits[:, start:stop], hidden_rows, start, stop, plan.block_words)
+        entropy_rows = None if grad_entropy is None else (grad_entropy[rows], entropy[rows])
+        write_logit_gradient_(logits, lse[rows], grad_logprobs[rows], entropy_rows, token_ids[rows], head)
+        sums.add(logits, hidden_rows, rows)
     return sums.finish(1.0)

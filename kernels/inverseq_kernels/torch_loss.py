@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
 from inverseq_kernels.torch_gradients import PASS_COLUMNS, GradientSums, plan_chunks, write_logit_gradient_
-from inverseq_kernels.torch_head import EMPTY_MAX, Head, HeadSettings, blocks, disabled_autocast, load_rows
+from inverseq_kernels.torch_head import EMPTY_MAX, Head, HeadSettings, blocks, load_rows
 from inverseq_kernels.torch_logprob import logprob_forward
 
 
@@ -48,15 +48,14 @@ def squared_log_ratio_forward(
     sums = GradientSums(hidden, weight, bias, head, needs, plan)
     logprobs = hidden.new_zeros(hidden.shape[0], dtype=head.dtype)
     buffer = plan.new_buffer(hidden, head)
-    with disabled_autocast(hidden):
-        for first, last in blocks(hidden.shape[0], plan.rows):
-            rows = slice(first, last)
-            hidden_rows = load_rows(hidden, token_ids, rows, head.operand_dtype)
-            logits = buffer[: (last - first) * head.num_words].view(last - first, head.num_words)
-            for start, stop in blocks(head.num_words, plan.block_words):
-                head.write_logits(logits[:, start:stop], hidden_rows, start, stop, plan.block_words)
-            logprobs[rows] = _logit_gradient_(logits, token_ids[rows], targets[rows], row_weights[rows], head)
-            sums.add(logits, hidden_rows, rows)
+    for first, last in blocks(hidden.shape[0], plan.rows):
+        rows = slice(first, last)
+        hidden_rows = load_rows(hidden, token_ids, rows, head.operand_dtype)
+        logits = buffer[: (last - first) * head.num_words].view(last - first, head.num_words)
+        for start, stop in blocks(head.num_words, plan.block_words):
+            head.write_logits(logits[:, start:stop], hidden_rows, start, stop, plan.block_words)
+        logprobs[rows] = _logit_gradient_(logits, token_ids[rows], targets[rows], row_weights[rows], head)
+        sums.add(logits, hidden_rows, rows)
     loss = _loss(logprobs, targets, row_weights) / denominator
     return (loss, logprobs, *sums.finish(1.0 / denominator))
 
