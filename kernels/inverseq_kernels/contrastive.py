@@ -205,6 +205,20 @@ def _alpha_column(name: str, alphas: Sequence[float], hidden: Tensor) -> Tensor:
     return torch.cat([hidden.new_full((1, 1), float(alpha), dtype=dtype) for alpha in alphas])
 
 
+def _check_heads(hidden_w, weight_w, bias_w, hidden_l, weight_l, bias_l) -> None:
+    """Check both heads and that they speak of the same rows and words."""
+    checks.check_head("_w", hidden_w, weight_w, bias_w)
+    checks.check_head("_l", hidden_l, weight_l, bias_l)
+    if hidden_l.shape[0] != hidden_w.shape[0]:
+        raise ValueError(f"hidden_l has {hidden_l.shape[0]} rows, expected {hidden_w.shape[0]} like hidden_w")
+    if hidden_l.device != hidden_w.device:
+        raise ValueError(f"hidden_l is on {hidden_l.device}, expected {hidden_w.device} like hidden_w")
+    if (hidden_l.dtype == torch.float64) != (hidden_w.dtype == torch.float64):
+        raise ValueError(f"hidden_l is {hidden_l.dtype} and hidden_w {hidden_w.dtype}: float64 must be both")
+    if weight_l.shape[0] != weight_w.shape[0]:
+        raise ValueError(f"weight_l has {weight_l.shape[0]} rows, expected {weight_w.shape[0]} like weight_w")
+
+
 def _contrast(
     hidden_w,
     weight_w,
@@ -224,16 +238,7 @@ def _contrast(
     vocab_start=0,
 ) -> tuple[Tensor, Tensor]:
     """Check every argument and call the custom operation without a graph."""
-    checks.check_head("_w", hidden_w, weight_w, bias_w)
-    checks.check_head("_l", hidden_l, weight_l, bias_l)
-    if hidden_l.shape[0] != hidden_w.shape[0]:
-        raise ValueError(f"hidden_l has {hidden_l.shape[0]} rows, expected {hidden_w.shape[0]} like hidden_w")
-    if hidden_l.device != hidden_w.device:
-        raise ValueError(f"hidden_l is on {hidden_l.device}, expected {hidden_w.device} like hidden_w")
-    if (hidden_l.dtype == torch.float64) != (hidden_w.dtype == torch.float64):
-        raise ValueError(f"hidden_l is {hidden_l.dtype} and hidden_w {hidden_w.dtype}: float64 must be both")
-    if weight_l.shape[0] != weight_w.shape[0]:
-        raise ValueError(f"weight_l has {weight_l.shape[0]} rows, expected {weight_w.shape[0]} like weight_w")
+    _check_heads(hidden_w, weight_w, bias_w, hidden_l, weight_l, bias_l)
     checks.check_rows("token_ids", token_ids, hidden_w, (torch.int64,))
     vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
     if vocab_group is not None:

@@ -171,26 +171,24 @@ def linear_logprob(
     ``token_ids`` with fp32 logits throughout, softcapped, divided by the temperature and cut to
     ``num_valid_vocab`` words. Differentiable in hidden, weight and bias for any upstream gradient, once.
     Rows with IGNORE_INDEX give 0 and no gradient. Raises ValueError naming the argument.
-
-    With ``vocab_group`` weight and bias are this rank's words from ``vocab_start`` on, hidden is the same on
-    every rank, ``token_ids`` and ``num_valid_vocab`` are global, and hidden's gradient is summed over ranks.
+    With ``vocab_group`` weight and bias are this rank's words from ``vocab_start`` on, hidden is alike on all
+    ranks, ``token_ids`` and ``num_valid_vocab`` are global, and hidden's gradient is summed over ranks.
     """
     checks.check_head("", hidden, weight, bias)
     checks.check_rows("token_ids", token_ids, hidden, (torch.int64,))
+    num_words = weight.shape[0]
     vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
     if vocab_group is not None:
-        num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, weight.shape[0])
-    softcap, temperature, valid = checks.check_settings(
-        softcap, temperature, num_valid_vocab, weight.shape[0]
-    )
+        num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, num_words)
+    softcap, temperature, valid = checks.check_settings(softcap, temperature, num_valid_vocab, num_words)
     workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden)
     if checks.should_check_values(token_ids):
         checks.check_bias_values("bias", bias)
+        if vocab_group is None:
+            checks.check_token_values(token_ids, valid)
     if vocab_group is not None:
         logprobs, entropy = vocab_parallel.parallel_logprob(
-            hidden,
-            weight,
-            bias,
+            (hidden, weight, bias),
             token_ids,
             vocab_start=vocab_start,
             want_entropy=bool(return_entropy),
@@ -198,8 +196,6 @@ def linear_logprob(
             group=vocab_group,
         )
         return (logprobs, entropy) if return_entropy else logprobs
-    if checks.should_check_values(token_ids):
-        checks.check_token_values(token_ids, valid)
     logprobs, _, entropy = torch.ops.inverseq_kernels.linear_logprob(
         hidden,
         weight,

@@ -20,6 +20,25 @@ from inverseq_kernels.torch_head import (
 from inverseq_kernels.torch_logprob import STATE_VECTORS, plan_tiles
 
 
+def _mix_tile(
+    out: Tensor, logits: list[Tensor], alpha: Tensor, heads: tuple[Head, Head], start: int, stop: int
+) -> None:
+    """out = alpha z_w + (1 - alpha) z_l for a tile of finite logits; words that either head removes: -inf."""
+    torch.mul(logits[0], alpha, out=out).addcmul_(logits[1], 1 - alpha)
+    for head in heads:
+        head.remove_words(out, start, stop)
+
+
+def _reduce_(
+    group: dist.ProcessGroup, states: tuple[OnlineLogSumExp, ...], labels: tuple[Tensor, ...]
+) -> None:
+    """Combine the log-sum-exps over the group's vocabulary; a label logit is 0 but where its word lives."""
+    for state in states:
+        state.reduce_(group)
+    for logits in labels:
+        dist.all_reduce(logits, group=group)
+
+
 def contrastive_forward(
     hidden_w: Tensor,  # [A, D_w]
     weight_w: Tensor,  # [V, D_w]
@@ -37,7 +56,6 @@ def contrastive_forward(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Targets [K, A] and log pi_l(y) [A], fp32 or float64; ignored rows are 0.
-
     With ``group`` the weights are this rank's part of the vocabulary and the results are the whole one's.
     """
     settings = HeadSettings(softcap, temperature, num_valid_vocab)
@@ -66,24 +84,17 @@ def contrastive_forward(
             for head, hidden, view in zip((better, plain), (hidden_w, hidden_l), views[:2], strict=True):
                 operand = load_rows(hidden, token_ids, rows, head.operand_dtype)
                 head.write_logits(view, operand, start, stop, block_words)
-            for k in range(num_alphas):
-                alpha = alphas[k, rows][:, None]
+            for k, state in enumerate(mixed):
                 out = views[0] if k == num_alphas - 1 else views[2]
-                torch.mul(views[0], alpha, out=out).addcmul_(views[1], 1 - alpha)
-                better.remove_words(out, start, stop)
-                plain.remove_words(out, start, stop)
+                _mix_tile(out, views, alphas[k, rows][:, None], (better, plain), start, stop)
                 gather_labels_(labels[k, rows], out, token_ids[rows], start, stop)
-                mixed[k].add_(out, rows)
+                state.add_(out, rows)
             plain.remove_words(views[1], start, stop)
             gather_labels_(reference_labels[rows], views[1], token_ids[rows], start, stop)
             reference.add_(views[1], rows)
     if group is not None:
-        for state in (*mixed, reference):
-            state.reduce_(group)
-        dist.all_reduce(labels, group=group)
-        dist.all_reduce(reference_labels, group=group)
+        _reduce_(group, (*mixed, reference), (labels, reference_labels))
     ignored = token_ids == IGNORE_INDEX
-    targets = torch.empty_like(labels)
     for k, state in enumerate(mixed):
-        targets[k] = state.logprobs(labels[k])
-    return targets.masked_fill_(ignored, 0.0), reference.logprobs(reference_labels).masked_fill_(ignored, 0.0)
+        labels[k] = state.logprobs(labels[k])
+    return labels.masked_fill_(ignored, 0.0), reference.logprobs(reference_labels).masked_fill_(ignored, 0.0)

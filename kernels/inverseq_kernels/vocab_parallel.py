@@ -106,9 +106,7 @@ class _ParallelLogprob(torch.autograd.Function):
 
 
 def parallel_logprob(
-    hidden: Tensor,  # [A, D], the same on every rank
-    weight: Tensor,  # [V_local, D]
-    bias: Tensor | None,  # [V_local]
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden [A, D] alike on all ranks, weight, bias [V_local]
     token_ids: Tensor,  # [A] int64, global
     *,
     vocab_start: int,
@@ -118,7 +116,7 @@ def parallel_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [A] and entropy [A] ([0] when not wanted) of the whole vocabulary, alike on every rank."""
     local_ids = local_token_ids(token_ids, vocab_start, settings["num_valid_vocab"], group)
-    return _ParallelLogprob.apply(hidden, weight, bias, local_ids, want_entropy, settings, group)
+    return _ParallelLogprob.apply(*head, local_ids, want_entropy, settings, group)
 
 
 @torch.no_grad()
