@@ -88,6 +88,14 @@ def test_shared_prefix_is_emitted_once_and_continued_hand_written():
     assert pack.action_index.tolist() == [[3, 4, 5]]
 
 
+@pytest.mark.parametrize("prompts", [([2], [2, 3]), ([2, 3], [2]), ([2], [2]), ([2], [2, 3], [2, 3])])
+def test_sequences_keep_their_last_prompt_token_when_one_prompt_begins_another(prompts):
+    samples = [make_sample([[1]], prompt, [4]) for prompt in prompts]
+    pack = write_pack(samples, range(len(samples)), (0,), share_prefix=True)
+    assert_equals_oracle(pack, samples, range(len(samples)), (0,), True)
+    assert pack.seqlens == (1, *(len(prompt) for prompt in prompts))
+
+
 @given(sample_lists(), st.integers(0, 40), st.booleans())
 def test_pack_views_scores_every_action_once_within_the_budget(samples, slack, share_prefix):
     views = tuple(range(len(samples[0].rendered.prefix_ids)))
