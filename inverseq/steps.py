@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import OptimConfig, PackingConfig
-from .packing import plan_packs, view_lengths, write_pack
+from .packing import FlatSamples, plan_packs, view_lengths, write_pack
 from .records import PackedViews, ScoredSamples, TrainStep
 
 __all__ = ["plan_steps", "step_sizes"]
@@ -38,15 +38,14 @@ def plan_steps(
     """
     samples = scored.samples
     sizes = step_sizes(len(samples), optim.samples_per_step)
-    lengths = view_lengths(samples, POLICY_VIEW)
+    flat = FlatSamples.of(samples)
+    lengths = view_lengths(flat, POLICY_VIEW)
     plan = plan_packs(lengths, token_budget=packing.train_tokens, num_ranks=num_ranks, step_sizes=sizes)
     num_actions = np.diff(scored.offsets)
     steps, first = [], 0
     for index, size in enumerate(sizes):
         step_samples = slice(first, first + size)
-        packs = [
-            write_pack(samples, indices, POLICY_VIEW, share_prefix=False) for indices in plan.packs(index, rank)
-        ]
+        packs = [write_pack(flat, indices, POLICY_VIEW) for indices in plan.packs(index, rank)]
         rows = [pack.action_rows(scored.offsets) for pack in packs]
         steps.append(
             TrainStep(

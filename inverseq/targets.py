@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Config
 from .model import FrozenPair, action_hidden, head_of
-from .packing import pack_views, plan_packs, view_lengths, write_pack
+from .packing import FlatSamples, pack_views, plan_packs, view_lengths, write_pack
 from .records import PackedViews, Sample, ScoredSamples
 
 __all__ = ["score_targets"]
@@ -57,6 +57,7 @@ def _score_shared(frozen, samples, offsets, config: Config, num_valid_vocab: int
         tuple(range(num_views)),
         token_budget=config.packing.score_tokens,
         share_prefix=config.packing.share_prefix,
+        num_valid_vocab=num_valid_vocab,
     )
     for pack in packs:
         hidden_VAD = action_hidden(frozen.plain, pack.to(device))
@@ -68,9 +69,10 @@ def _score_separate(frozen, samples, offsets, config: Config, num_valid_vocab: i
     num_views = len(samples[0].rendered.prefix_ids) if samples else 1
     lengths = np.max([view_lengths(samples, (view,)) for view in range(num_views)], axis=0)
     plan = plan_packs(lengths, token_budget=config.packing.score_tokens)
+    flat, share_prefix = FlatSamples.of(samples), config.packing.share_prefix
     for indices in plan.packs():
         better_pack, plain_pack = (
-            write_pack(samples, indices, (view,), share_prefix=config.packing.share_prefix)
+            write_pack(flat, indices, (view,), share_prefix=share_prefix, num_valid_vocab=num_valid_vocab)
             for view in (0, num_views - 1)
         )
         hidden_w = action_hidden(frozen.better, better_pack.to(device))[0]
