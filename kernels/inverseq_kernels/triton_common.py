@@ -25,8 +25,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Maximum of a tile without words: finite, so that no difference of maxima is NaN.
 EMPTY_MAX = tl.constexpr(-1.0e30)
 
-# Contrast with one accumulator, contrast with two, statistics of one head, logit gradient of one head.
+# Contrast with one accumulator, contrast with two, statistics of one head, logit gradient of one head; the
+# rich ones have a softcap or an entropy, whose epilogues keep a second tile in registers.
 CONTRAST, CONTRAST_PAIR, STATISTICS, GRADIENT = "contrast", "contrast_pair", "statistics", "gradient"
+STATISTICS_RICH, GRADIENT_RICH = "statistics_rich", "gradient_rich"
+TWO_TILES = frozenset({CONTRAST_PAIR, STATISTICS_RICH, GRADIENT_RICH})
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,19 @@ def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = 
     """
     if capability == 0:
         return Blocks(32, 128, 64, num_warps=4, num_stages=1)
-    two_accumulators = op == CONTRAST_PAIR
+    small = op in TWO_TILES
     if dtype == torch.float32:
-        return Blocks(64, 32 if two_accumulators else 64, 32, num_warps=4, num_stages=2)
+        return Blocks(64, 64 if aligned and not small else 32, 32, num_warps=4, num_stages=2)
     if not aligned:
-        return Blocks(64, 64 if two_accumulators else 128, 32, num_warps=4, num_stages=2)
+        return Blocks(64, 64, 32, num_warps=4, num_stages=2)
     if capability < 90:
-        if two_accumulators:
-            return Blocks(128, 128, 32, num_warps=8, num_stages=3)
-        return Blocks(128, 256, 32, num_warps=8, num_stages=3)
-    if two_accumulators:
-        return Blocks(128, 128, 64, num_warps=8, num_stages=3, tma=True)
-    return Blocks(128, 256, 64, num_warps=8, num_stages=3, tma=True)
+        if op == CONTRAST_PAIR:
+            return Blocks(128, 64, 64, num_warps=4, num_stages=3)
+        return Blocks(128, 128 if small else 256, 32, num_warps=8, num_stages=4 if small else 3)
+    if small:
+        return Blocks(128, 128, 64, num_warps=8, num_stages=6, tma=True)
+    # A fourth stage makes the contrast's two loops spill.
+    return Blocks(128, 256, 64, num_warps=8, num_stages=3 if op == CONTRAST else 4, tma=True)
 
 
 @triton.jit

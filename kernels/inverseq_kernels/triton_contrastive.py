@@ -47,28 +47,12 @@ SMALLEST_ALPHA = tl.constexpr(2.0**-40)
 
 
 @triton.jit
-def _store_tile(
-    maxima,
-    totals,
-    labels,
-    logits,
-    token_ids,
-    one_set,
-    rows,
-    row_mask,
-    num_rows,
-    word_block,
-    num_word_blocks,
-    word_start,
-    WORDS: tl.constexpr,
-):
-    """Leave one set's statistics of a tile, and the label logits that it holds."""
+def _store_statistics(maxima, totals, logits, one_set, rows, row_mask, num_rows, word_block, num_word_blocks):
+    """Leave one set's softmax statistics of a tile."""
     maximum, total = row_statistics(logits)
-    one_set = tl.zeros([], dtype=tl.int64) + one_set
-    at = (one_set * num_word_blocks + word_block) * num_rows + rows
+    at = ((tl.zeros([], dtype=tl.int64) + one_set) * num_word_blocks + word_block) * num_rows + rows
     tl.store(maxima + at, maximum, mask=row_mask)
     tl.store(totals + at, total, mask=row_mask)
-    store_label(labels + one_set * num_rows, logits, token_ids, rows, row_mask, word_start, WORDS)
 
 
 @triton.jit
@@ -114,11 +98,9 @@ def contrast_kernel(
         sums += finite[None, :]
     # In place, so that one tile is alive: words without a logit hold garbage later and are masked again.
     sums = tl.where(present_l[None, :], sums * inverse_temperature, float("-inf"))
-    _store_tile(
-        maxima, totals, labels, sums, token_ids, 1, rows, row_mask, num_rows, word_block,
-        num_word_blocks, word_start, WORDS,
-    )  # fmt: skip
-    alpha = tl.load(alphas + rows * alpha_row_stride, mask=row_mask, other=1.0)
+    _store_statistics(maxima, totals, sums, 1, rows, row_mask, num_rows, word_block, num_word_blocks)
+    store_label(labels + tl.cast(num_rows, tl.int64), sums, token_ids, rows, row_mask, word_start, WORDS)
+    alpha = tl.load(alphas + rows.to(tl.int64) * alpha_row_stride, mask=row_mask, other=1.0)
     alpha = tl.where(tl.abs(alpha) < SMALLEST_ALPHA, SMALLEST_ALPHA, alpha)
     sums = sums * ((1.0 - alpha) / (alpha * inverse_temperature))[:, None]
     sums = add_dots(
@@ -131,10 +113,8 @@ def contrast_kernel(
         _, present_l = load_bias(bias_l, word_start, num_valid, WORDS, HAS_BIAS_L)
         present = present & present_l
     sums = tl.where(present[None, :], sums * (alpha * inverse_temperature)[:, None], float("-inf"))
-    _store_tile(
-        maxima, totals, labels, sums, token_ids, 0, rows, row_mask, num_rows, word_block,
-        num_word_blocks, word_start, WORDS,
-    )  # fmt: skip
+    _store_statistics(maxima, totals, sums, 0, rows, row_mask, num_rows, word_block, num_word_blocks)
+    store_label(labels, sums, token_ids, rows, row_mask, word_start, WORDS)
 
 
 @triton.jit
@@ -193,19 +173,18 @@ def contrast_pair_kernel(
     better = cap(better, softcap, HAS_SOFTCAP) * inverse_temperature
     present = present_l & present_w
     for one_set in range(0, num_alphas):
-        at = (tl.zeros([], dtype=tl.int64) + one_set) * alpha_set_stride + rows * alpha_row_stride
-        alpha = tl.load(alphas + at, mask=row_mask, other=1.0)
+        set_start = tl.zeros([], dtype=tl.int64) + one_set
+        alpha = tl.load(
+            alphas + set_start * alpha_set_stride + rows.to(tl.int64) * alpha_row_stride, mask=row_mask, other=1.0
+        )
         mixed = alpha[:, None] * better + (1.0 - alpha)[:, None] * plain
         mixed = tl.where(present[None, :], mixed, float("-inf"))
-        _store_tile(
-            maxima, totals, labels, mixed, token_ids, one_set, rows, row_mask, num_rows, word_block, num_word_blocks,
-            word_start, WORDS,
-        )  # fmt: skip
+        _store_statistics(maxima, totals, mixed, one_set, rows, row_mask, num_rows, word_block, num_word_blocks)
+        store_label(labels + set_start * num_rows, mixed, token_ids, rows, row_mask, word_start, WORDS)
     plain = tl.where(present_l[None, :], plain, float("-inf"))
-    _store_tile(
-        maxima, totals, labels, plain, token_ids, num_alphas, rows, row_mask, num_rows,
-        word_block, num_word_blocks, word_start, WORDS,
-    )  # fmt: skip
+    _store_statistics(maxima, totals, plain, num_alphas, rows, row_mask, num_rows, word_block, num_word_blocks)
+    set_start = tl.zeros([], dtype=tl.int64) + num_alphas
+    store_label(labels + set_start * num_rows, plain, token_ids, rows, row_mask, word_start, WORDS)
 
 
 def contrastive_forward(
@@ -227,9 +206,11 @@ def contrastive_forward(
     """Targets [K, A] and log pi_l(y) [A], fp32; ignored rows are 0. ``blocks`` replaces the chooser's choice."""
     num_alphas, num_rows = alphas.shape[0], hidden_w.shape[0]
     num_sets = num_alphas + 1
-    result = hidden_w.new_empty((num_sets, num_rows), dtype=torch.float32)
+    # Two storages: outputs of a custom operation must not share one.
+    targets = hidden_w.new_empty((num_alphas, num_rows), dtype=torch.float32)
+    reference = hidden_w.new_empty((num_rows,), dtype=torch.float32)
     if num_rows == 0:
-        return result[:num_alphas], result[num_alphas]
+        return targets, reference
     use_pair = num_alphas > 1 or softcap is not None
     weight_w, weight_l = weight_w[:num_valid_vocab], weight_l[:num_valid_vocab]
     if blocks is None:
@@ -257,16 +238,17 @@ def contrastive_forward(
                 softcap,
                 1.0 / temperature,
             )
-            combine(
-                maxima,
-                totals,
-                None,
-                chunk_labels,
-                token_ids[first:last],
-                result[:, first:last],
-                ignore_index=IGNORE_INDEX,
-            )
-    return result[:num_alphas], result[num_alphas]
+            for sets, out in ((slice(num_alphas), targets), (slice(num_alphas, None), reference[None])):
+                combine(
+                    maxima[sets],
+                    totals[sets],
+                    None,
+                    chunk_labels[sets],
+                    token_ids[first:last],
+                    out[:, first:last],
+                    ignore_index=IGNORE_INDEX,
+                )
+    return targets, reference
 
 
 def _launch(

@@ -23,13 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
-from inverseq_kernels.torch_head import disabled_autocast
 from inverseq_kernels.triton_common import (
     DTYPES,
     EMPTY_MAX,
     GRADIENT,
+    GRADIENT_RICH,
     LOG2_E,
     STATISTICS,
+    STATISTICS_RICH,
     Blocks,
     CompileCase,
     add_dots,
@@ -187,13 +188,14 @@ def logprob_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [A], log-sum-exp [A], entropy [A] (or [0]), fp32. ``blocks`` replaces the chooser's choice."""
     num_rows = hidden.shape[0]
-    logprobs, lse = hidden.new_empty((2, num_rows), dtype=torch.float32)
+    logprobs, lse = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     entropy = hidden.new_empty(num_rows if want_entropy else 0, dtype=torch.float32)
     if num_rows == 0:
         return logprobs, lse, entropy
     weight = weight[:num_valid_vocab]
     if blocks is None:
-        blocks = choose_blocks(STATISTICS, capability_of(hidden), hidden.dtype, is_aligned(hidden, weight))
+        op = STATISTICS_RICH if want_entropy or softcap is not None else STATISTICS
+        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, weight))
     num_tiles = triton.cdiv(num_valid_vocab, blocks.words)
     parts = 3 if want_entropy else 2
     chunk = rows_within(workspace_bytes, 4 * parts * num_tiles + 4, num_rows, blocks.rows)
@@ -279,13 +281,14 @@ def logprob_backward(
     num_rows = hidden.shape[0]
     valid = weight[:num_valid_vocab]
     if blocks is None:
-        blocks = choose_blocks(GRADIENT, capability_of(hidden), hidden.dtype, is_aligned(hidden, valid))
+        op = GRADIENT_RICH if grad_entropy is not None or softcap is not None else GRADIENT
+        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, valid))
     pitch = triton.cdiv(num_valid_vocab, PITCH_WORDS) * PITCH_WORDS
     chunk = _chunk_rows(hidden, pitch, needs[1], workspace_bytes, blocks)
     grads, undo_scale = _scaled_gradients(grad_logprobs, grad_entropy, hidden.dtype)
     sums = _GradientSums(hidden, weight, bias, num_valid_vocab, needs, chunk, undo_scale)
     matrix = hidden.new_empty((chunk, pitch))
-    with on_device(hidden), disabled_autocast(hidden):
+    with on_device(hidden):
         for first in range(0, num_rows, chunk):
             rows = slice(first, min(first + chunk, num_rows))
             grid, arguments, constants = _tiles(hidden[rows], valid, bias, blocks, softcap)
@@ -384,18 +387,34 @@ def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     """Every configuration that a launch on this capability can choose, with few and with all features."""
     cases = [combine_case("logprob", write_lse=True, has_moment=entropy) for entropy in (False, True)]
     for dtype in dtypes:
-        for op in (STATISTICS, GRADIENT):
-            for aligned in (True, False):
-                blocks = choose_blocks(op, capability, DTYPES[dtype], aligned)
-                for full in (False, True):
-                    cases.append(_case(op, dtype, blocks, aligned=aligned, full=full))
+        for aligned in (True, False):
+            for op in (STATISTICS, GRADIENT):
+                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned))
+                cases.append(_case(op, dtype, capability, aligned=aligned, bias=True))
+            for op in (STATISTICS_RICH, GRADIENT_RICH):
+                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, softcap=True))
+                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, entropy=True))
+                cases.append(
+                    _case(op, dtype, capability, aligned=aligned, bias=True, softcap=True, entropy=True)
+                )
     return cases
 
 
-def _case(op: str, dtype: str, blocks: Blocks, *, aligned: bool, full: bool) -> CompileCase:
-    """One kernel with neither or all of bias, softcap, entropy and a width that is no multiple of the block."""
+def _case(
+    op: str,
+    dtype: str,
+    capability: int,
+    *,
+    aligned: bool,
+    even: bool = False,
+    bias: bool = False,
+    softcap: bool = False,
+    entropy: bool = False,
+) -> CompileCase:
+    """One kernel with a choice of features; ``even``: the width is a multiple of the block."""
+    blocks = choose_blocks(op, capability, DTYPES[dtype], aligned)
     tma = blocks.tma and aligned
-    if op == STATISTICS:
+    if op in (STATISTICS, STATISTICS_RICH):
         kernel, flag, optional = statistics_kernel, "HAS_MOMENT", ("moments",)
         pointers = {name: "*fp32" for name in ("maxima", "totals", "labels")}
     else:
@@ -409,25 +428,27 @@ def _case(op: str, dtype: str, blocks: Blocks, *, aligned: bool, full: bool) -> 
         "WORDS": blocks.words,
         "DIM": blocks.dim,
         "GROUP_ROWS": blocks.group_rows,
-        "EVEN_DIM": aligned and not full,
+        "EVEN_DIM": even,
         "TMA": tma,
-        "HAS_BIAS": full,
-        "HAS_SOFTCAP": full,
-        flag: full,
+        "HAS_BIAS": bias,
+        "HAS_SOFTCAP": softcap,
+        flag: entropy,
     }
     for name in (*optional, "bias"):
-        if full:
+        if bias if name == "bias" else entropy:
             pointers[name] = f"*{dtype}" if name == "bias" else "*fp32"
         else:
             constexprs[name] = None
+    wanted = {"bias": bias, "softcap": softcap, "entropy": entropy, "ragged": not even}
+    features = "".join(f" {name}" for name, value in wanted.items() if value)
     source = "tma" if tma else "aligned" if aligned else "unaligned"
     return compile_case(
         kernel,
-        f"{op} {dtype} {source} {'full' if full else 'plain'}",
+        f"{op} {dtype} {source}{features}",
         pointers=pointers,
         floats=("softcap", "inverse_temperature"),
         constexprs=constexprs,
         blocks=blocks,
         is_gemm=dtype != "fp32",
-        divisible=(("dim",) if aligned else ()) + (("pitch",) if op == GRADIENT else ()),
+        divisible=(("dim",) if aligned else ()) + (("pitch",) if kernel is gradient_kernel else ()),
     )
