@@ -1,7 +1,7 @@
 """Metric rows: what a step, an epoch and the held-out set report, as flat dictionaries.
 
-Means over an epoch are weighted by action tokens. ``pad_waste`` is the share of the packs' token budget that no
-token used.
+Means over an epoch are weighted by action tokens. ``pad_waste`` is the share of this rank's processed tokens that stand
+for no sample (dummy packs: nothing is padded); ``pack_fill`` is the share of the packs' token budget that was used.
 """
 
 from __future__ import annotations
@@ -28,8 +28,16 @@ def step_row(epoch: int, num_updates: int, step: TrainStep, metrics: StepMetrics
         "num_actions": step.num_actions,
         "num_tokens": step.num_tokens,
         "num_packs": len(step.packs),
-        "pad_waste": 1.0 - step.num_tokens / (len(step.packs) * token_budget),
+        **_packing_metrics(step.packs, token_budget),
         "tokens_per_second": step.num_tokens / metrics.duration_s,
+    }
+
+
+def _packing_metrics(packs: Sequence[PackedViews], token_budget: int) -> dict:
+    real = sum(pack.num_tokens for pack in packs if not pack.is_dummy)
+    return {
+        "pad_waste": 1.0 - real / sum(pack.num_tokens for pack in packs),
+        "pack_fill": real / (len(packs) * token_budget),
     }
 
 
@@ -55,7 +63,7 @@ def epoch_row(epoch: int, num_updates: int, steps: Sequence[tuple[TrainStep, Ste
         "num_samples": sum(step.num_samples for step, _ in steps),
         "num_actions": total,
         "num_tokens": num_tokens,
-        "pad_waste": 1.0 - num_tokens / (sum(len(step.packs) for step, _ in steps) * token_budget),
+        **_packing_metrics([pack for step, _ in steps for pack in step.packs], token_budget),
         "train_tokens_per_second": num_tokens / sum(m.duration_s for m in all_metrics),
         "peak_memory_bytes": max(m.peak_memory_bytes for m in all_metrics),
     }

@@ -1,0 +1,63 @@
+"""Metric rows: weighted means, and packing shares that count what was really processed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from inverseq.config import OptimConfig, PackingConfig
+from inverseq.packing import view_lengths
+from inverseq.records import ScoredSamples, StepMetrics
+from inverseq.steps import plan_steps
+from inverseq.summary import epoch_row, response_metrics, step_row
+from tests.tiny_samples import make_samples
+
+METRICS = StepMetrics(
+    loss=1.0, mean_log_ratio=0.5, rms_log_ratio=1.0, kl_to_plain=0.1, grad_norm=2.0, learning_rate=1e-3, duration_s=2.0,
+    peak_memory_bytes=7,
+)  # fmt: skip
+
+
+@pytest.fixture
+def scored() -> ScoredSamples:
+    samples = make_samples(5)
+    offsets = np.cumsum([0, *(sample.num_actions for sample in samples)])
+    plain = torch.linspace(-3, 0, int(offsets[-1]))
+    return ScoredSamples(samples, plain + 0.25, plain, offsets)
+
+
+def steps_of(scored, **ranks):
+    return plan_steps(scored, OptimConfig(samples_per_step=4), PackingConfig(train_tokens=40), **ranks)
+
+
+def test_one_process_wastes_nothing_and_fill_is_the_used_budget(scored):
+    row = step_row(1, 1, steps_of(scored)[0], METRICS, 40)
+    tokens = int(view_lengths(scored.samples[:4], (-1,)).sum())
+    assert row["pad_waste"] == 0.0
+    assert row["pack_fill"] == pytest.approx(tokens / (row["num_packs"] * 40))
+    assert row["tokens_per_second"] == tokens / 2.0
+
+
+def test_dummy_packs_count_as_waste(scored):
+    last_step = [steps_of(scored, num_ranks=2, rank=rank)[1] for rank in range(2)]
+    waste = [step_row(1, 2, step, METRICS, 40)["pad_waste"] for step in last_step]
+    assert sorted(waste) == [0.0, 1.0], "one sample on two ranks: one rank runs a dummy pack only"
+
+
+def test_epoch_means_are_weighted_by_action_tokens(scored):
+    steps = steps_of(scored)
+    other = replace(METRICS, loss=3.0, rms_log_ratio=2.0, peak_memory_bytes=9)
+    row = epoch_row(1, 2, list(zip(steps, [METRICS, other], strict=True)), 40)
+    first, second = (step.num_actions for step in steps)
+    assert row["loss"] == pytest.approx((first + 3 * second) / (first + second))
+    assert row["rms_log_ratio"] == pytest.approx(((first + 4 * second) / (first + second)) ** 0.5)
+    assert row["peak_memory_bytes"] == 9
+
+
+def test_response_metrics_count_what_ended(scored):
+    row = response_metrics(scored)
+    assert row["eos_rate"] == pytest.approx(3 / 5)
+    assert row["truncation_rate"] == pytest.approx(2 / 5)
+    assert row["response_length"] == pytest.approx(scored.offsets[-1] / 5)
+    assert row["mean_target_gain"] == pytest.approx(0.25)
