@@ -39,11 +39,11 @@ def forgotten_kernel(out):
 
 def compile_cases(capability, dtypes):
     pointers = {"left": "*bf16", "right": "*bf16", "out": "*fp32"}
-    constexprs = {"ROWS": 256, "DIM": 32}
+    constexprs = {"ROWS": 128, "DIM": 16}
     return [
         compile_case(
             large_kernel, "planted", pointers=pointers, floats=(), constexprs=constexprs,
-            blocks=Blocks(256, 256, 32, num_warps=4, num_stages=2), is_gemm=True,
+            blocks=Blocks(128, 128, 16, num_warps=2, num_stages=2), is_gemm=True,
         )
     ]
 """
