@@ -69,7 +69,8 @@ def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = 
         return Blocks(32, 128, 64, num_warps=4, num_stages=1)
     small = op in TWO_TILES
     if dtype == torch.float32:
-        return Blocks(64, 64 if aligned and not small else 32, 32, num_warps=4, num_stages=2)
+        narrow = small or not aligned or op == CONTRAST
+        return Blocks(64, 32 if narrow else 64, 32, num_warps=4, num_stages=2)
     if not aligned:
         return Blocks(64, 64, 32, num_warps=4, num_stages=2)
     if capability < 90:

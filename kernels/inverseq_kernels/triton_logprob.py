@@ -12,165 +12,35 @@ rows that fit the workspace:
 fp16 gradients are scaled by a power of two near 1 / max(|g|, |e|) before G is rounded and scaled back at the end:
 G of a mean over thousands of tokens would sink below fp16's range.
 
-Left out: argument checks, the custom operations and autograd (logprob.py).
+Left out: argument checks, the custom operations and autograd (logprob.py); kernels are in triton_logits.py.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
 from inverseq_kernels.triton_common import (
-    DTYPES,
-    EMPTY_MAX,
     GRADIENT,
     GRADIENT_RICH,
-    LOG2_E,
     STATISTICS,
     STATISTICS_RICH,
     Blocks,
-    CompileCase,
-    add_dots,
-    cap,
     capability_of,
     choose_blocks,
     combine,
-    combine_case,
-    compile_case,
     is_aligned,
-    load_bias,
     matmul_into,
     on_device,
-    row_statistics,
     rows_within,
-    store_label,
-    tile_position,
     tile_source,
 )
+from inverseq_kernels.triton_logits import gradient_kernel, statistics_kernel
 
 # The matrix of logit gradients starts every row on a 128-byte line.
 PITCH_WORDS = 64
 # fp16 gradients are brought to at most 2**-4, which leaves room for sums over rows.
 HALF_TOP_EXPONENT = -4
-
-
-@triton.jit
-def statistics_kernel(
-    hidden,  # [A, D] or its descriptor
-    weight,  # [V, D] or its descriptor
-    bias,  # [V]
-    token_ids,  # [A] int64
-    maxima,  # [word blocks, A] fp32 out
-    totals,  # [word blocks, A] fp32 out
-    moments,  # [word blocks, A] fp32 out, with HAS_MOMENT
-    labels,  # [A] fp32 out
-    num_rows,
-    num_valid,
-    dim,
-    softcap,
-    inverse_temperature,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    EVEN_DIM: tl.constexpr,
-    TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_MOMENT: tl.constexpr,
-):
-    """Softmax statistics and label logits of one tile."""
-    num_word_blocks = tl.cdiv(num_valid, WORDS)
-    row_block, word_block = tile_position(tl.cdiv(num_rows, ROWS), num_word_blocks, GROUP_ROWS)
-    row_start, word_start = row_block * ROWS, word_block * WORDS
-    rows = row_start + tl.arange(0, ROWS)
-    row_mask = rows < num_rows
-    logits = tl.zeros([ROWS, WORDS], dtype=tl.float32)
-    logits = add_dots(
-        logits, hidden, weight, row_start, word_start, num_rows, num_valid, dim, ROWS, WORDS, DIM, EVEN_DIM, TMA
-    )
-    finite, present = load_bias(bias, word_start, num_valid, WORDS, HAS_BIAS)
-    if HAS_BIAS:
-        logits += finite[None, :]
-    logits = tl.where(present[None, :], cap(logits, softcap, HAS_SOFTCAP) * inverse_temperature, float("-inf"))
-    store_label(labels, logits, token_ids, rows, row_mask, word_start, WORDS)
-    at = word_block.to(tl.int64) * num_rows + rows
-    if HAS_MOMENT:
-        maximum = tl.maximum(tl.max(logits, axis=1), EMPTY_MAX)
-        # Bounded, so that an absent word adds 0 and not 0 * inf.
-        logits = tl.maximum(logits - maximum[:, None], EMPTY_MAX)
-        total = tl.sum(tl.exp2(logits * LOG2_E), axis=1)
-        tl.store(moments + at, tl.sum(tl.exp2(logits * LOG2_E) * logits, axis=1), mask=row_mask)
-    else:
-        maximum, total = row_statistics(logits)
-    tl.store(maxima + at, maximum, mask=row_mask)
-    tl.store(totals + at, total, mask=row_mask)
-
-
-@triton.jit
-def gradient_kernel(
-    hidden,  # [R, D] or its descriptor
-    weight,  # [V, D] or its descriptor
-    bias,  # [V]
-    token_ids,  # [R] int64
-    lse,  # [R] fp32
-    grad_logprobs,  # [R] fp32
-    grad_entropy,  # [R] fp32, with HAS_ENTROPY
-    entropy,  # [R] fp32, with HAS_ENTROPY
-    gradient,  # [R, pitch] out
-    num_rows,
-    num_valid,
-    dim,
-    pitch,
-    softcap,
-    inverse_temperature,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    EVEN_DIM: tl.constexpr,
-    TMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-):
-    """Gradient of hidden @ weight.T + bias for one tile; 0 in ignored rows and absent words."""
-    num_word_blocks = tl.cdiv(num_valid, WORDS)
-    row_block, word_block = tile_position(tl.cdiv(num_rows, ROWS), num_word_blocks, GROUP_ROWS)
-    row_start, word_start = row_block * ROWS, word_block * WORDS
-    rows = row_start + tl.arange(0, ROWS)
-    row_mask = rows < num_rows
-    sums = tl.zeros([ROWS, WORDS], dtype=tl.float32)
-    sums = add_dots(
-        sums, hidden, weight, row_start, word_start, num_rows, num_valid, dim, ROWS, WORDS, DIM, EVEN_DIM, TMA
-    )
-    finite, present = load_bias(bias, word_start, num_valid, WORDS, HAS_BIAS)
-    if HAS_BIAS:
-        sums += finite[None, :]
-    sums = cap(sums, softcap, HAS_SOFTCAP)
-    row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
-    row_grad = tl.load(grad_logprobs + rows, mask=row_mask, other=0.0) * inverse_temperature
-    column = tl.load(token_ids + rows, mask=row_mask, other=-1).to(tl.int32)
-    words = tl.arange(0, WORDS)
-    logprobs = sums * inverse_temperature - row_lse[:, None]
-    factor = tl.zeros([ROWS, WORDS], dtype=tl.float32) - row_grad[:, None]
-    if HAS_ENTROPY:
-        row_entropy = tl.load(entropy + rows, mask=row_mask, other=0.0)
-        row_grad_entropy = tl.load(grad_entropy + rows, mask=row_mask, other=0.0) * inverse_temperature
-        factor -= row_grad_entropy[:, None] * (logprobs + row_entropy[:, None])
-    result = tl.where(present[None, :], tl.exp2(logprobs * LOG2_E) * factor, 0.0)
-    hit = words[None, :] == (column - word_start)[:, None]
-    result = tl.where(hit, result + row_grad[:, None], result)
-    if HAS_SOFTCAP:
-        capped = sums / softcap
-        result *= 1.0 - capped * capped
-    result = tl.where((column >= 0)[:, None], result, 0.0)
-    at = rows.to(tl.int64)[:, None] * pitch + (word_start + words)[None, :]
-    inside = row_mask[:, None] & (word_start + words < num_valid)[None, :]
-    tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
 def logprob_forward(
@@ -381,74 +251,3 @@ class _GradientSums:
                 total.mul_(self.undo_scale)
             results.append(None if total is None else total.to(like.dtype))
         return tuple(results)
-
-
-def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
-    """Every configuration that a launch on this capability can choose, with few and with all features."""
-    cases = [combine_case("logprob", write_lse=True, has_moment=entropy) for entropy in (False, True)]
-    for dtype in dtypes:
-        for aligned in (True, False):
-            for op in (STATISTICS, GRADIENT):
-                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned))
-                cases.append(_case(op, dtype, capability, aligned=aligned, bias=True))
-            for op in (STATISTICS_RICH, GRADIENT_RICH):
-                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, softcap=True))
-                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, entropy=True))
-                cases.append(
-                    _case(op, dtype, capability, aligned=aligned, bias=True, softcap=True, entropy=True)
-                )
-    return cases
-
-
-def _case(
-    op: str,
-    dtype: str,
-    capability: int,
-    *,
-    aligned: bool,
-    even: bool = False,
-    bias: bool = False,
-    softcap: bool = False,
-    entropy: bool = False,
-) -> CompileCase:
-    """One kernel with a choice of features; ``even``: the width is a multiple of the block."""
-    blocks = choose_blocks(op, capability, DTYPES[dtype], aligned)
-    tma = blocks.tma and aligned
-    if op in (STATISTICS, STATISTICS_RICH):
-        kernel, flag, optional = statistics_kernel, "HAS_MOMENT", ("moments",)
-        pointers = {name: "*fp32" for name in ("maxima", "totals", "labels")}
-    else:
-        kernel, flag, optional = gradient_kernel, "HAS_ENTROPY", ("grad_entropy", "entropy")
-        pointers = {"lse": "*fp32", "grad_logprobs": "*fp32", "gradient": f"*{dtype}"}
-    pointers["token_ids"] = "*i64"
-    for name, size in (("hidden", blocks.rows), ("weight", blocks.words)):
-        pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if tma else f"*{dtype}"
-    constexprs = {
-        "ROWS": blocks.rows,
-        "WORDS": blocks.words,
-        "DIM": blocks.dim,
-        "GROUP_ROWS": blocks.group_rows,
-        "EVEN_DIM": even,
-        "TMA": tma,
-        "HAS_BIAS": bias,
-        "HAS_SOFTCAP": softcap,
-        flag: entropy,
-    }
-    for name in (*optional, "bias"):
-        if bias if name == "bias" else entropy:
-            pointers[name] = f"*{dtype}" if name == "bias" else "*fp32"
-        else:
-            constexprs[name] = None
-    wanted = {"bias": bias, "softcap": softcap, "entropy": entropy, "ragged": not even}
-    features = "".join(f" {name}" for name, value in wanted.items() if value)
-    source = "tma" if tma else "aligned" if aligned else "unaligned"
-    return compile_case(
-        kernel,
-        f"{op} {dtype} {source}{features}",
-        pointers=pointers,
-        floats=("softcap", "inverse_temperature"),
-        constexprs=constexprs,
-        blocks=blocks,
-        is_gemm=dtype != "fp32",
-        divisible=(("dim",) if aligned else ()) + (("pitch",) if kernel is gradient_kernel else ()),
-    )

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
-from inverseq_kernels.torch_head import HeadSettings, disabled_autocast
+from inverseq_kernels.torch_head import HeadSettings
 from inverseq_kernels.triton_common import (
     Blocks,
     capability_of,
@@ -118,7 +118,7 @@ def squared_log_ratio_forward(
     logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     settings = HeadSettings(softcap, temperature, num_valid_vocab)
     scales = _coefficient_scales(row_weights, denominator, hidden.dtype)
-    with on_device(hidden), disabled_autocast(hidden):
+    with on_device(hidden):
         chunks = _Chunks(hidden, weight[:num_valid_vocab], bias, settings, blocks, plan)
         sums = _GradientSums(hidden, weight, bias, num_valid_vocab, needs, plan)
         for first in range(0, hidden.shape[0], plan.rows):
