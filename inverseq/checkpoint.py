@@ -32,6 +32,7 @@ from .atomic import atomic_directory, naming_file, remove_directory
 
 __all__ = [
     "check_checkpoint",
+    "check_or_offer_older",
     "checkpoint_epoch",
     "latest_checkpoint",
     "list_checkpoints",
@@ -115,7 +116,7 @@ def load_checkpoint(
     the older complete checkpoint, as do weights whose names, shapes or dtypes are not the model's.
     """
     path = Path(path)
-    content = _checked_or_older(path)
+    content = check_or_offer_older(path)
     engine_state = torch.load(path / ENGINE_FILE, map_location=map_location, weights_only=True)
     rng_state = torch.load(path / RNG_FILE, map_location="cpu", weights_only=True)
     _read_tensors(path / MODEL_FILE, _named_tensors(model))
@@ -149,7 +150,7 @@ def check_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def _checked_or_older(path: Path) -> dict[str, Any]:
+def check_or_offer_older(path: Path) -> dict[str, Any]:
     """``check_checkpoint``; its error also says which older checkpoint is complete."""
     try:
         return check_checkpoint(path)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return fail(130, describe_interrupt(config, words))
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("INVERSEQ_DEBUG") == "1":
             raise
         return fail(2 if isinstance(error, ValueError) else 1, f"error: {error}")
@@ -74,7 +74,7 @@ def fail(status: int, message: str) -> int:
 
 
 def describe_interrupt(config: Config | None, words: Sequence[str]) -> str:
-    if config is None or "--dry-run" in words or not (Path(config.run_dir) / "config.yaml").exists():
+    if config is None or "--dry-run" in words or not (Path(config.run_dir).expanduser() / "config.yaml").exists():
         return "interrupted before the run began"
     words = [*words] if "--resume" in words else [*words, "--resume"]
     return f"interrupted; continue with: {PROGRAM} {shlex.join(words)}"

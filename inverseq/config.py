@@ -117,8 +117,8 @@ class PackingConfig:
     share_prefix: bool = option(False, "emit a prefix common to all sequences of a pack once")
 
     def __post_init__(self):
-        require(self.train_tokens > 0, "packing.train_tokens", self.train_tokens, "a positive number")
-        require(self.score_tokens > 0, "packing.score_tokens", self.score_tokens, "a positive number")
+        for key in ("train_tokens", "score_tokens"):
+            require(0 < getattr(self, key) <= 2**24, f"packing.{key}", getattr(self, key), "1 … 2²⁴")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class OptimConfig:
     loss_reduction: str = option("token_mean", "token_mean, sum (the paper's Algorithm 1) or sequence_mean")
 
     def __post_init__(self):
-        require(math.isfinite(self.lr) and self.lr > 0, "optim.lr", self.lr, "a positive number")
+        require(0 < self.lr <= 10, "optim.lr", self.lr, "a positive number, at most 10")
         require(self.samples_per_step > 0, "optim.samples_per_step", self.samples_per_step, "a positive number")
         for beta in self.betas:
             require(0 <= beta < 1, "optim.betas", self.betas, "two numbers in [0, 1)")

@@ -108,16 +108,25 @@ class TorchEngine:
         )
         loss, policy_logprobs = self.policy(pack, targets, loss_weights, denominator)
         loss.backward()
+        self._gather_gradients()
         trained = loss_weights > 0
         ratio = torch.where(trained, targets - policy_logprobs, 0.0)
         kl = torch.where(trained, policy_logprobs - plain_logprobs, 0.0)
         return torch.stack([loss.detach().double(), *(x.double().sum() for x in (trained, ratio, ratio**2, kl))])
 
-    def _clip(self) -> Tensor:
-        """Move gradients to the master weights, clip them, and return the norm before clipping."""
+    def _gather_gradients(self) -> None:
+        """Add 16-bit gradients to the fp32 gradients of the master weights, where micro-batches are summed."""
         for weight, master in zip(self.weights, self.masters, strict=True):
-            if master is not weight:
-                master.grad, weight.grad = weight.grad.float(), None
+            if master is weight or weight.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = weight.grad.float()
+            else:
+                master.grad += weight.grad
+            weight.grad = None
+
+    def _clip(self) -> Tensor:
+        """Clip the accumulated gradients and return their norm before clipping."""
         limit = self.optim.max_grad_norm or math.inf
         return nn.utils.clip_grad_norm_(self.masters, limit)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -52,16 +53,26 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """Load a causal language model with packed attention and without dropout, from safetensors only.
 
     Dropout is off because targets and policy must be the same function of the weights: with it, a policy equal to
-    its target would have a loss.
+    its target would have a loss. Raises ValueError when the weights cannot be read or are not all there: what is
+    missing would otherwise be made up at random.
     """
     device = resolve_device(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=resolve_dtype(config, device),
-        attn_implementation=ATTENTION_NAME,
-        trust_remote_code=config.trust_remote_code,
-        use_safetensors=True,
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=resolve_dtype(config, device),
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    absent = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
+    if absent:
+        raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{path}: the weights hold numbers that are not finite")
     if getattr(model.config, "attention_dropout", 0.0):
         model.config.attention_dropout = 0.0
     for module in model.modules():

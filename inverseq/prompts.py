@@ -214,6 +214,8 @@ def _parse_json(where: str, line: bytes) -> Any:
         raise ValueError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: is not JSON: {error.msg} at column {error.colno}; expected an object") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{where}: is not a row: {error}") from None
     except RecursionError:
         raise ValueError(f"{where}: is not a row: nested too deeply") from None
 
@@ -254,6 +256,7 @@ class StreamReport:
     num_training: int
     num_held_out: int
     num_too_long: int
+    num_equal_to_held_out: int  # dropped from training
     max_prompt_tokens: int
     num_control_text: int  # held a special token's text, which was kept from becoming the token
     median_tokens: int  # of the plain view, prompts over the limit left out
@@ -262,7 +265,8 @@ class StreamReport:
     def __str__(self) -> str:
         return (
             f"{self.num_prompts} prompts: {self.num_training} to train on, {self.num_held_out} held out, "
-            f"{self.num_too_long} dropped over {self.max_prompt_tokens} tokens; "
+            f"{self.num_too_long} dropped over {self.max_prompt_tokens} tokens, "
+            f"{self.num_equal_to_held_out} dropped as equal to a held-out one; "
             f"{self.median_tokens} tokens in the median, {self.longest_tokens} at most; "
             f"{self.num_control_text} with a special token's text, kept as text"
         )
@@ -297,7 +301,11 @@ class PromptStream:
         chosen = np.random.default_rng([seed, HELD_OUT_PURPOSE]).permutation(len(kept))[:held_out]
         is_held_out = set(chosen.tolist())
         self.held_out = [kept[index] for index in chosen]
-        self.training = [item for index, item in enumerate(kept) if index not in is_held_out]
+        held_out_ids = {item.policy_ids.tobytes() for item in self.held_out}
+        others = [item for index, item in enumerate(kept) if index not in is_held_out]
+        self.training = [item for item in others if item.policy_ids.tobytes() not in held_out_ids]
+        if not self.training:
+            raise ValueError(f"prompts.held_out={held_out}: every other prompt is equal to a held-out one")
         self.seed = seed
         self.shuffle = shuffle
         self.report = StreamReport(
@@ -305,6 +313,7 @@ class PromptStream:
             num_training=len(self.training),
             num_held_out=len(self.held_out),
             num_too_long=len(rendered) - len(kept),
+            num_equal_to_held_out=len(others) - len(self.training),
             max_prompt_tokens=max_prompt_tokens,
             num_control_text=sum(renderer.has_control_text(item.prompt) for item in kept),
             median_tokens=int(np.median([len(item.policy_ids) for item in kept])),

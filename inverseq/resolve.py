@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .chat import ChatRenderer, load_chat_template, load_principle
+from .checkpoint import check_or_offer_older, checkpoint_epoch, latest_checkpoint
 from .config import Config, ModelConfig
 from .model import resolve_device
 from .packing import write_pack
@@ -59,6 +62,8 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
     """Check a configuration against the world; ValueError names the key, the value and what was expected."""
     run_dir = check_run_directory(config, resume=resume)
     check_environment(config)
+    if resume:
+        check_resumable(config, run_dir)
     model_path = resolve_model_path("model.path", config.model.path)
     model_config = load_model_config("model.path", model_path, config.model)
     tokenizer = load_tokenizer("model.path", model_path, config.model)
@@ -77,6 +82,8 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
         chat_template=load_chat_template(config.model.chat_template),
     )
     prompts, read_report = load_stream(config, renderer)
+    logger.info("%s", read_report)
+    logger.info("%s", prompts.report)
     test_prompts = load_test_prompts(config, renderer, prompts.held_out)
     check_lengths(config, [*prompts.training, *prompts.held_out, *test_prompts])
     check_positions(config, [*prompts.training, *prompts.held_out, *test_prompts], model_path, model_config)
@@ -96,6 +103,16 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
         read_report=read_report,
         test_prompts=test_prompts,
     )
+
+
+def check_resumable(config: Config, run_dir: Path) -> None:
+    """Raise ValueError when the newest checkpoint is damaged or is of a later epoch than the run shall have."""
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        return
+    check_or_offer_older(checkpoint)
+    if checkpoint_epoch(checkpoint) > config.epochs:
+        raise ValueError(f"epochs={config.epochs}: the run has finished epoch {checkpoint_epoch(checkpoint)} already")
 
 
 def check_environment(config: Config) -> None:
@@ -126,6 +143,11 @@ def resolve_model_path(key: str, name: str) -> str:
             raise ValueError(f"{key}={name!r}: the folder holds no model (no config.json)")
         if not any(path.glob("*.safetensors")):
             raise ValueError(f"{key}={name!r}: the folder holds no .safetensors weights; other formats are not loaded")
+        for file in path.glob("*.safetensors"):
+            try:
+                safe_open(file, "pt").keys()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{key}={name!r}: {file.name} is damaged or cut off: {error}") from error
         return str(path)
     if path.exists():
         raise ValueError(f"{key}={name!r}: is a file; expected a model's folder or a hub id")
@@ -138,7 +160,7 @@ def load_model_config(key: str, path: str, config: ModelConfig) -> PretrainedCon
     """The model's configuration, without weights."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{key}={path!r}: the model's configuration cannot be loaded: {first_line(error)}") from error
 
 

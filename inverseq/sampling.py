@@ -48,11 +48,13 @@ class Sampler(Protocol):
         ...
 
 
-def make_sampler(config: SamplingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """The sampler of ``sampling.backend``."""
+def make_sampler(
+    config: SamplingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_valid_vocab: int
+) -> Sampler:
+    """The sampler of ``sampling.backend``; token ids from ``num_valid_vocab`` on are padding and never sampled."""
     if config.backend == "replay":
         return ReplaySampler(config)
-    return TransformersSampler(config, model, tokenizer)
+    return TransformersSampler(config, model, tokenizer, num_valid_vocab=num_valid_vocab)
 
 
 def sample_responses(

@@ -28,7 +28,7 @@ class ReplaySampler:
 
     def __init__(self, config: SamplingConfig):
         self.config = config
-        self.folder = Path(config.replay_path)
+        self.folder = Path(config.replay_path).expanduser()
         self.stored: dict[tuple, list[Response]] = defaultdict(list)  # several when an epoch draws a prompt twice
         files = sample_files_of(self.folder)
         if not files:

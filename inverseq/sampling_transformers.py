@@ -55,12 +55,21 @@ class TransformersSampler:
     name = "transformers"
     version = transformers.__version__
 
-    def __init__(self, config: SamplingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: SamplingConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_valid_vocab: int,
+    ):
         self.config = config
         self.model = model
         self.weights_step = 0
-        self.num_valid_vocab = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
-        self.stop_ids = tuple(i for i in stop_token_ids(model, tokenizer) if i < self.num_valid_vocab)
+        self.num_valid_vocab = num_valid_vocab
+        self.stop_ids = tuple(i for i in stop_token_ids(model, tokenizer) if i < num_valid_vocab)
+        if not self.stop_ids:
+            raise ValueError(f"no EOS token id is among the {num_valid_vocab} words: no response could end")
 
     def sync(self, policy: nn.Module, weights_step: int) -> None:
         """Note how old the weights are; they are read where they are."""

@@ -45,7 +45,8 @@ def score_targets(
             targets_A[rows] = pack_targets.cpu()
             plain_A[rows] = pack_plain.cpu()
             advance(sample_count)
-    assert not torch.isnan(plain_A).any(), "every action is scored once and to a number"
+    if torch.isnan(plain_A).any() or torch.isnan(targets_A).any():
+        raise ArithmeticError("a frozen model gave log-probabilities that are not numbers")
     return ScoredSamples(samples, targets_A, plain_A, offsets)
 
 

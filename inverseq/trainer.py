@@ -7,6 +7,7 @@ line know the order of the stages.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import Config
-from .engine import Engine, TorchEngine
+from .engine import Engine, NonFiniteError, TorchEngine
 from .export import export_model
 from .metrics import MetricsLog
 from .model import FrozenPair, check_head, enable_gradient_checkpointing, frozen_copy, load_model
@@ -84,10 +85,10 @@ def train(config: Config, *, resume: bool = False) -> Path:
     complete checkpoint; an epoch that was cut short is replayed from its start.
     """
     resolved = resolve(config, resume=resume)
-    write_run_config(config, resolved.run_dir)
+    checkpoint = latest_checkpoint(resolved.run_dir) if resume else None
     state = build_state(resolved)
+    write_run_config(config, resolved.run_dir)
     try:
-        checkpoint = latest_checkpoint(state.run_dir) if resume else None
         if checkpoint is not None:
             restore(state, checkpoint)
         else:
@@ -126,6 +127,7 @@ def run_epoch(state: State, config: Config) -> None:
     row = epoch_row(epoch, state.engine.num_updates, steps_done, config.packing.train_tokens)
     row |= response_metrics(scored)
     row |= measure_held_out(state)
+    row["sample_tokens_per_second"] = row["num_actions"] / state.durations_s["sample_duration_s"]
     row |= state.durations_s | {"epoch_duration_s": time.perf_counter() - started}
     state.epoch = epoch
     state.log.epoch(row)
@@ -139,7 +141,10 @@ def build_state(resolved: Resolved) -> State:
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
     better = frozen_copy(initial)
-    plain = load_model(resolved.plain_model_path, config.model) if config.contrast.kind == "model" else better
+    plain = better
+    if config.contrast.kind == "model":
+        plain = load_model(resolved.plain_model_path, config.model)
+        check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(initial)
     policy = Policy(initial, resolved.num_valid_vocab, config.engine)
@@ -150,7 +155,9 @@ def build_state(resolved: Resolved) -> State:
         run_dir=resolved.run_dir,
         engine=TorchEngine(policy, config.optim, updates),
         frozen=FrozenPair(better, plain),
-        sampler=make_sampler(config.sampling, initial, resolved.tokenizer),
+        sampler=make_sampler(
+            config.sampling, initial, resolved.tokenizer, num_valid_vocab=resolved.num_valid_vocab
+        ),
         log=MetricsLog(resolved.run_dir, config.logging),
         progress=Progress(),
     )
@@ -196,7 +203,10 @@ def measure_held_out(state: State) -> dict[str, float]:
         for pack in packs:
             logprobs.append(state.policy.logprobs(pack.to(device)).cpu())
             advance(len(pack.seqlens))
-    return held_out_row(state.held_out, packs, logprobs)
+    row = held_out_row(state.held_out, packs, logprobs)
+    if not all(map(math.isfinite, row.values())):
+        raise NonFiniteError(f"epoch {state.running_epoch}: held-out metrics {row}; the last checkpoint is kept")
+    return row
 
 
 def evaluate_if_due(state: State) -> None:

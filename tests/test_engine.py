@@ -146,6 +146,23 @@ def test_bfloat16_weights_keep_updates_below_their_resolution(model):
     assert moved > 1e-6
 
 
+def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32(model):
+    engine = make_engine(copy.deepcopy(model).bfloat16())
+    step = plan_steps(scored_samples(model), OPTIM, PackingConfig(train_tokens=24))[0]
+    assert len(step.packs) > 1
+    expected = [torch.zeros_like(master) for master in engine.masters]
+    micro_batches = list(zip(step.packs, step.targets, step.plain_logprobs, step.loss_weights, strict=True))
+    for micro_batch in micro_batches:
+        engine.zero_grad()
+        engine._accumulate(*micro_batch, step.denominator)
+        expected = [total + master.grad for total, master in zip(expected, engine.masters, strict=True)]
+    engine.zero_grad()
+    for micro_batch in micro_batches:
+        engine._accumulate(*micro_batch, step.denominator)
+    for total, master in zip(expected, engine.masters, strict=True):
+        torch.testing.assert_close(master.grad, total, rtol=1e-6, atol=1e-7)
+
+
 def test_state_restores_bitwise(model):
     scored = scored_samples(model, count=8)
     steps = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))

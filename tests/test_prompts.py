@@ -362,3 +362,13 @@ def test_real_conversations_render_with_every_template(template):
     for item in stream.next(20):
         better, plain = (np.concatenate([prefix, item.prompt_ids]) for prefix in item.prefix_ids)
         assert len(better) > len(plain) and item.prompt.messages[0]["content"] in renderer.tokenizer.decode(plain)
+
+
+def test_a_prompt_equal_to_a_held_out_one_is_not_trained_on(renderer):
+    prompts = make_prompts(6)
+    stream = PromptStream([*prompts, *prompts[:3]], renderer, seed=0, held_out=4)
+    held_out = {item.policy_ids.tobytes() for item in stream.held_out}
+    assert not held_out & {item.policy_ids.tobytes() for item in stream.training}
+    assert stream.report.num_equal_to_held_out == 9 - 4 - len(stream.training) > 0
+    with pytest.raises(ValueError, match="every other prompt is equal to a held-out one"):
+        PromptStream([prompts[0]] * 3, renderer, seed=0, held_out=1)

@@ -79,7 +79,8 @@ def mixed_prompts(count: int, seed: int = 0) -> list[RenderedPrompt]:
 
 
 def make(model, *, tokenizer=None, **options):
-    return make_sampler(SamplingConfig(**options), model, tokenizer or make_tokenizer())
+    tokenizer = tokenizer or make_tokenizer()
+    return make_sampler(SamplingConfig(**options), model, tokenizer, num_valid_vocab=len(tokenizer))
 
 
 def responses_of(samples) -> list[list[int]]:

@@ -92,6 +92,13 @@ def test_the_export_loads_and_differs_from_the_initial_model(run_dir, model_path
         assert not torch.equal(exported(**ids).logits, initial(**ids).logits)
 
 
+def test_a_finished_run_cannot_be_resumed_with_fewer_epochs(run_dir, model_path):
+    overrides = [item for item in OVERRIDES if not item.startswith("epochs=")]
+    paths = [f"model.path={model_path}", f"run_dir={run_dir}", "evaluation.every=2"]
+    with pytest.raises(ValueError, match="epochs=1: the run has finished epoch 2 already"):
+        train(load_config("demo", [*paths, *overrides, "epochs=1"]), resume=True)
+
+
 def test_model_contrast_trains_on_the_two_models_targets(model_path, tmp_path):
     plain_path = make_tiny_model(tmp_path / "sft", seed=1, scale=0.2)
     overrides = [

@@ -1,0 +1,73 @@
+"""Loading: weights that are damaged, missing or not finite are refused before anything trains on them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inverseq.config import ModelConfig
+from inverseq.model import head_of, load_model, resolve_device
+from inverseq.resolve import resolve_model_path
+from tests.tiny import make_tiny_model
+
+CONFIG = ModelConfig(path="tiny", device="cpu")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return make_tiny_model(tmp_path / "tiny", tied=False)
+
+
+def rewrite(path, change):
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_missing_tensor_is_refused_and_not_made_up(path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"weights are missing or of another shape: {name}"):
+        load_model(path, CONFIG)
+
+
+def test_a_tensor_of_another_shape_is_refused(path):
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(512, 32)}))
+    with pytest.raises(ValueError, match=r"cannot be loaded|another shape"):
+        load_model(path, CONFIG)
+
+
+def test_weights_that_are_not_finite_are_refused(path):
+    rewrite(path, lambda tensors: tensors["lm_head.weight"].view(-1)[7:8].fill_(float("nan")))
+    with pytest.raises(ValueError, match="not finite"):
+        load_model(path, CONFIG)
+
+
+def test_a_cut_off_file_is_noticed_before_weights_are_loaded(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.path.*model.safetensors is damaged or cut off"):
+        resolve_model_path("model.path", str(path))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(path, CONFIG)
+
+
+def test_dropout_is_off(path):
+    config_file = path / "config.json"
+    config_file.write_text(config_file.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
+    model = load_model(path, CONFIG)
+    assert model.config.attention_dropout == 0.0
+    assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {0.0}
+
+
+def test_the_head_is_the_parameter_itself_and_its_padding_is_counted(path):
+    model = load_model(path, CONFIG)
+    head = head_of(model, num_valid_vocab=500)
+    assert head.weight is model.lm_head.weight
+    assert (head.num_valid_vocab, head.softcap, head.temperature) == (500, None, 1.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_is_not_replaced_by_a_cpu():
+    with pytest.raises(ValueError, match="model.device='cuda'"):
+        resolve_device(ModelConfig(device="cuda"))
