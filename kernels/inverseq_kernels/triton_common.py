@@ -59,6 +59,11 @@ class CompileCase:
     divisible: tuple[str, ...] = field(default=())  # arguments that are multiples of 16 when launched
 
 
+def is_hopper_like(capability: int) -> bool:
+    """Whether blocks for Hopper fit: TMA and 227 KiB of shared memory, which sm_120 (99 KiB) has not."""
+    return 90 <= capability < 120
+
+
 def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = True) -> Blocks:
     """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter.
 
@@ -73,7 +78,7 @@ def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = 
         return Blocks(64, 32 if narrow else 64, 32, num_warps=4, num_stages=2)
     if not aligned:
         return Blocks(64, 64, 32, num_warps=4, num_stages=2)
-    if capability < 90:
+    if not is_hopper_like(capability):
         if op == CONTRAST_PAIR:
             return Blocks(128, 64, 64, num_warps=4, num_stages=3)
         return Blocks(128, 128 if small else 256, 32, num_warps=8, num_stages=4 if small else 3)

@@ -33,6 +33,7 @@ from inverseq_kernels.triton_common import (
     choose_blocks,
     combine_case,
     compile_case,
+    is_hopper_like,
     load_bias,
     store_label,
     tile_position,
@@ -49,7 +50,7 @@ HALF_TOP = tl.constexpr(15)
 def choose_loss_blocks(capability: int, dtype: torch.dtype, aligned: bool, has_softcap: bool) -> Blocks:
     """Tile sizes of ``exponential_kernel``: with a softcap's derivative, tiles of 256 words spill registers."""
     if has_softcap and aligned and capability > 0 and dtype != torch.float32:
-        is_hopper = capability >= 90
+        is_hopper = is_hopper_like(capability)
         return Blocks(128, 128, 64 if is_hopper else 32, num_warps=8, num_stages=3, tma=is_hopper)
     return choose_blocks(EXPONENTIAL, capability, dtype, aligned)
 
@@ -246,7 +247,8 @@ def logit_gradient_kernel(
         mask = row_mask[:, None] & (start + words < pitch)[None, :]
         tl.store(at, value.to(exponentials.dtype.element_ty), mask=mask)
     else:
-        hit = row_mask & (column >= 0) & (column < SEGMENT)
+        # Ids are not checked on CUDA: one past the vocabulary must not reach another row, or past the matrix.
+        hit = row_mask & (column >= 0) & (column < SEGMENT) & (start + column < num_valid)
         tl.store(base + column, entry.to(exponentials.dtype.element_ty), mask=hit)
 
 

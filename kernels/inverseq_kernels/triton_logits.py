@@ -95,7 +95,7 @@ def gradient_kernel(
     grad_logprobs,  # [R] fp32
     grad_entropy,  # [R] fp32, with HAS_ENTROPY
     entropy,  # [R] fp32, with HAS_ENTROPY
-    gradient,  # [R, pitch] out
+    gradient,  # [R, pitch] out, 0 past num_valid
     num_rows,
     num_valid,
     dim,
@@ -144,7 +144,8 @@ def gradient_kernel(
         result *= 1.0 - capped * capped
     result = tl.where((column >= 0)[:, None], result, 0.0)
     at = rows.to(tl.int64)[:, None] * pitch + (word_start + words)[None, :]
-    inside = row_mask[:, None] & (word_start + words < num_valid)[None, :]
+    # The pitch is a multiple of 64 and num_valid is not: 16-byte stores need a mask that is alike in 8 words.
+    inside = row_mask[:, None] & (word_start + words < pitch)[None, :]
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 

@@ -155,7 +155,7 @@ def logprob_backward(
         blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, valid))
     pitch = triton.cdiv(num_valid_vocab, PITCH_WORDS) * PITCH_WORDS
     chunk = _chunk_rows(hidden, pitch, needs[1], workspace_bytes, blocks)
-    grads, undo_scale = _scaled_gradients(grad_logprobs, grad_entropy, hidden.dtype)
+    grads, undo_scale = _scaled_gradients(grad_logprobs, grad_entropy, token_ids, hidden.dtype)
     sums = _GradientSums(hidden, weight, bias, num_valid_vocab, needs, chunk, undo_scale)
     matrix = hidden.new_empty((chunk, pitch))
     with on_device(hidden):
@@ -192,10 +192,14 @@ def _chunk_rows(hidden: Tensor, pitch: int, needs_weight: bool, workspace_bytes:
 
 
 def _scaled_gradients(
-    grad_logprobs: Tensor, grad_entropy: Tensor | None, dtype: torch.dtype
+    grad_logprobs: Tensor, grad_entropy: Tensor | None, token_ids: Tensor, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Upstream gradients in fp32, and for fp16 what undoes the power of two that they were multiplied by."""
-    grads = [grad.float() for grad in (grad_logprobs, grad_entropy) if grad is not None]
+    """Upstream gradients in fp32, and for fp16 what undoes the power of two that they were multiplied by.
+
+    Ignored rows are 0, so that what they hold does not choose the power.
+    """
+    ignored = token_ids == IGNORE_INDEX
+    grads = [grad.float().masked_fill(ignored, 0.0) for grad in (grad_logprobs, grad_entropy) if grad is not None]
     if dtype != torch.float16 or grad_logprobs.numel() == 0:
         return grads, None
     largest = torch.stack([grad.abs().amax() for grad in grads]).amax()
