@@ -142,6 +142,12 @@ def test_large_vocabularies_with_padding(num_words):
     check(inputs, num_valid_vocab=num_words, blocks=WIDE)
 
 
+def test_statistics_of_many_tiles_are_rescaled_when_a_later_tile_holds_the_maximum():
+    inputs = make_inputs(4, 600, 8)
+    inputs[2] += torch.linspace(0, 6, 600, device=DEVICE)
+    check(inputs, blocks=Blocks(16, 16, 16, num_warps=4, num_stages=1))
+
+
 def test_words_past_the_valid_ones_may_hold_anything_and_get_no_gradient():
     inputs = make_inputs(9, 70, 16)
     inputs[3].clamp_(max=49)
