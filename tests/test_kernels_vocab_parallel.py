@@ -30,6 +30,8 @@ def run_rank(rank: int, store: str, failures) -> None:
     try:
         check_logprob(rank)
         check_contrast(rank)
+        check_shard_of_padding(rank)
+        check_sum_in_fp32(rank)
         check_bad_arguments(rank)
         dist.barrier()
     except Exception as error:
@@ -107,6 +109,49 @@ def check_contrast(rank: int) -> None:
             torch.testing.assert_close(output, reference)
 
 
+def check_shard_of_padding(rank: int) -> None:
+    """The last rank's words are all past the valid ones: it adds nothing, and takes part in every sum."""
+    better, plain = make_problems()
+    words, token_ids = SHARDS[rank], better.token_ids.clamp(max=SPLIT - 1)
+    settings = {"num_valid_vocab": SPLIT, "bias": better.bias, "return_entropy": True}
+    expected = linear_logprob(better.hidden, better.weight, token_ids, **settings)
+    references = torch.autograd.grad(expected[0][:2].sum() + expected[1].sum(), better.leaves)
+    parallel = {"vocab_group": dist.group.WORLD, "vocab_start": words.start}
+    weight, settings["bias"] = (t.detach()[words].clone().requires_grad_() for t in (better.weight, better.bias))
+    outputs = linear_logprob(better.hidden, weight, token_ids, **settings, **parallel)
+    leaves = (better.hidden, weight, settings["bias"])
+    gradients = torch.autograd.grad(outputs[0][:2].sum() + outputs[1].sum(), leaves)
+    for output, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, reference)
+    torch.testing.assert_close(gradients[0], references[0])
+    torch.testing.assert_close(gradients[1:], tuple(reference[words] for reference in references[1:]))
+    heads = (better.hidden, better.weight, plain.hidden, plain.weight)
+    shards = (better.hidden, better.weight[words], plain.hidden, plain.weight[words])
+    torch.testing.assert_close(
+        contrastive_logprob(*shards, token_ids, 1.4, num_valid_vocab=SPLIT, **parallel),
+        contrastive_logprob(*heads, token_ids, 1.4, num_valid_vocab=SPLIT),
+    )
+
+
+def check_sum_in_fp32(rank: int) -> None:
+    """No gradient in half precision is added over ranks; two ranks round alike, so the call itself is watched."""
+    hidden, weight = (torch.randn(3, 4).bfloat16().requires_grad_() for _ in range(2))
+    dtypes, all_reduce = [], dist.all_reduce
+
+    def spy(tensor, *args, **kwargs):
+        dtypes.append(tensor.dtype)
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = spy
+    try:
+        keywords = {"vocab_group": dist.group.WORLD, "vocab_start": 3 * rank}
+        linear_logprob(hidden, weight, torch.arange(3), **keywords).sum().backward()
+    finally:
+        dist.all_reduce = all_reduce
+    assert hidden.grad.dtype == torch.bfloat16
+    assert len(dtypes) > 3 and set(dtypes) == {torch.float32}, dtypes
+
+
 def check_bad_arguments(rank: int) -> None:
     hidden, weight = torch.zeros(2, 3), torch.zeros(4, 3)
     keywords = {"vocab_group": dist.group.WORLD, "vocab_start": 4 * rank}
@@ -115,6 +160,8 @@ def check_bad_arguments(rank: int) -> None:
             linear_logprob(hidden, weight, token_ids, **keywords)
     with pytest.raises(ValueError, match="vocab_start"):  # both ranks claim the same words
         linear_logprob(hidden, weight, torch.tensor([0, 1]), vocab_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="num_valid_vocab"):
+        linear_logprob(hidden, weight, torch.tensor([0, 1]), num_valid_vocab=0, **keywords)
     with pytest.raises(ValueError, match="backend='triton'"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), backend="triton", **keywords)
     ignored = linear_logprob(hidden, weight, torch.tensor([IGNORE_INDEX, 7]), **keywords)

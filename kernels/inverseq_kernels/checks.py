@@ -83,17 +83,25 @@ def is_number(value: object) -> bool:
 
 
 def check_settings(
-    softcap: float | None, temperature: float, num_valid_vocab: int | None, vocab_size: int
+    softcap: float | None,
+    temperature: float,
+    num_valid_vocab: int | None,
+    vocab_size: int,
+    *,
+    fewest_valid: int = 1,
 ) -> tuple[float | None, float, int]:
-    """Check the Python numbers that shape the logits and return them as float, float and int."""
+    """Check the Python numbers that shape the logits and return them as float, float and int.
+
+    ``fewest_valid`` is 0 for a shard of the vocabulary, which may hold nothing but padding.
+    """
     if softcap is not None and not (is_number(softcap) and math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
     if not (is_number(temperature) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
     if num_valid_vocab is None:
         num_valid_vocab = vocab_size
-    if isinstance(num_valid_vocab, (bool, float)) or not 1 <= num_valid_vocab <= vocab_size:
-        raise ValueError(f"num_valid_vocab must be an int in 1..{vocab_size}, got {num_valid_vocab!r}")
+    if isinstance(num_valid_vocab, (bool, float)) or not fewest_valid <= num_valid_vocab <= vocab_size:
+        raise ValueError(f"num_valid_vocab must be an int in {fewest_valid}..{vocab_size}, got {num_valid_vocab!r}")
     return None if softcap is None else float(softcap), float(temperature), num_valid_vocab
 
 

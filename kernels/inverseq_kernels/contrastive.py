@@ -244,7 +244,7 @@ def _contrast(
     if vocab_group is not None:
         num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, weight_w.shape[0])
     softcap, temperature, valid = checks.check_settings(
-        softcap, temperature, num_valid_vocab, weight_w.shape[0]
+        softcap, temperature, num_valid_vocab, weight_w.shape[0], fewest_valid=1 if vocab_group is None else 0
     )
     workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden_w)
     if checks.should_check_values(token_ids):

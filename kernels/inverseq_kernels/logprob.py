@@ -180,7 +180,9 @@ def linear_logprob(
     vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
     if vocab_group is not None:
         num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, num_words)
-    softcap, temperature, valid = checks.check_settings(softcap, temperature, num_valid_vocab, num_words)
+    softcap, temperature, valid = checks.check_settings(
+        softcap, temperature, num_valid_vocab, num_words, fewest_valid=1 if vocab_group is None else 0
+    )
     workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden)
     if checks.should_check_values(token_ids):
         checks.check_bias_values("bias", bias)

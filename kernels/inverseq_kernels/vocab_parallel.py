@@ -30,16 +30,17 @@ def check_vocab_group(vocab_group: object, vocab_start: int, backend: str | None
 
 
 def local_valid_vocab(num_valid_vocab: int | None, vocab_start: int, num_local: int) -> int:
-    """How many of this rank's words count when the whole vocabulary has ``num_valid_vocab``."""
+    """How many of this rank's words count when the whole vocabulary has ``num_valid_vocab``; 0 in padding.
+
+    What is refused here is refused on every rank: one that raises alone leaves the others waiting.
+    """
     if num_valid_vocab is None:
         return num_local
     if isinstance(num_valid_vocab, bool) or not isinstance(num_valid_vocab, int):
         raise ValueError(f"num_valid_vocab must be an int, got {num_valid_vocab!r}")
-    if num_valid_vocab <= vocab_start:
-        raise ValueError(
-            f"num_valid_vocab is {num_valid_vocab}: no valid word in the shard from vocab_start {vocab_start}"
-        )
-    return min(num_local, num_valid_vocab - vocab_start)
+    if num_valid_vocab < 1:
+        raise ValueError(f"num_valid_vocab must be > 0, got {num_valid_vocab}")
+    return max(0, min(num_local, num_valid_vocab - vocab_start))
 
 
 def local_token_ids(token_ids: Tensor, vocab_start: int, num_valid: int, group: dist.ProcessGroup) -> Tensor:
@@ -87,22 +88,35 @@ class _ParallelLogprob(torch.autograd.Function):
         hidden, weight, bias, token_ids, lse, entropy = ctx.saved_tensors
         if grad_logprobs is None and (grad_entropy is None or not ctx.want_entropy):
             return (None,) * 7
+        needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            gradients = torch_logprob.logprob_backward(
-                torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs,
-                grad_entropy if ctx.want_entropy else None,
-                hidden.contiguous(),
-                weight,
-                bias,
-                token_ids,
-                lse,
-                entropy,
-                needs=ctx.needs_input_grad[:3],
-                **ctx.settings,
-            )
+            if ctx.settings["num_valid_vocab"] == 0:
+                gradients = _zero_gradients((hidden, weight, bias), needs)
+            else:
+                gradients = torch_logprob.logprob_backward(
+                    torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs,
+                    grad_entropy if ctx.want_entropy else None,
+                    hidden.contiguous(),
+                    weight,
+                    bias,
+                    token_ids,
+                    lse,
+                    entropy,
+                    needs=needs,
+                    **ctx.settings,
+                )
             if gradients[0] is not None:
-                dist.all_reduce(gradients[0], group=ctx.group)
+                total = gradients[0].to(lse.dtype)  # ranks add up in fp32, then one rounding
+                dist.all_reduce(total, group=ctx.group)
+                gradients = (total.to(hidden.dtype), *gradients[1:])
         return (*checks.forbid_double_backward(gradients), None, None, None, None)
+
+
+def _zero_gradients(inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(
+        torch.zeros_like(like) if need and like is not None else None
+        for like, need in zip(inputs, needs, strict=True)
+    )
 
 
 def parallel_logprob(
