@@ -239,15 +239,8 @@ def contrastive_forward(
                 1.0 / temperature,
             )
             for sets, out in ((slice(num_alphas), targets), (slice(num_alphas, None), reference[None])):
-                combine(
-                    maxima[sets],
-                    totals[sets],
-                    None,
-                    chunk_labels[sets],
-                    token_ids[first:last],
-                    out[:, first:last],
-                    ignore_index=IGNORE_INDEX,
-                )
+                parts = (maxima[sets], totals[sets], None, chunk_labels[sets])
+                combine(*parts, token_ids[first:last], out[:, first:last], ignore_index=IGNORE_INDEX)
     return targets, reference
 
 

@@ -92,11 +92,9 @@ def logprob_forward(
                 HAS_MOMENT=want_entropy,
                 **constants,
             )
+            partials = (maxima, totals, moments, labels[None, :size])
             combine(
-                maxima,
-                totals,
-                moments,
-                labels[None, :size],
+                *partials,
                 token_ids[rows],
                 logprobs[None, rows],
                 ignore_index=IGNORE_INDEX,
