@@ -138,6 +138,7 @@ def test_backend_choice_is_torch_on_cpu_and_triton_never_falls_back(monkeypatch)
 def test_choices_on_cuda_say_once_when_slower_or_never_verified(monkeypatch):
     with FakeTensorMode():
         double = torch.empty(2, 3, device="cuda", dtype=torch.float64)
+        single = torch.empty(2, 3, device="cuda")
         half = torch.empty(2, 3, device="cuda", dtype=torch.bfloat16)
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
@@ -146,7 +147,9 @@ def test_choices_on_cuda_say_once_when_slower_or_never_verified(monkeypatch):
     with pytest.warns(UserWarning) as record:
         for _ in range(2):
             assert backends.choose_backend(None, backends.LOSS, double) == "torch"
+            assert backends.choose_backend(None, backends.LOSS, single) == "torch"
             assert backends.choose_backend(None, backends.LOSS, half) == "triton"
+            assert backends.choose_backend("triton", backends.LOSS, single) == "triton"
             assert backends.choose_backend("torch", backends.LOSS, half) == "torch"
             assert backends.choose_backend("triton", backends.LOSS, half) == "triton"
     messages = [str(warning.message) for warning in record]
