@@ -176,12 +176,12 @@ def linear_logprob(
     """
     checks.check_head("", hidden, weight, bias)
     checks.check_rows("token_ids", token_ids, hidden, (torch.int64,))
-    num_words = weight.shape[0]
     vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
+    num_words, fewest = weight.shape[0], 1
     if vocab_group is not None:
-        num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, num_words)
+        num_valid_vocab, fewest = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, num_words), 0
     softcap, temperature, valid = checks.check_settings(
-        softcap, temperature, num_valid_vocab, num_words, fewest_valid=1 if vocab_group is None else 0
+        softcap, temperature, num_valid_vocab, num_words, fewest_valid=fewest
     )
     workspace_bytes = backends.resolve_workspace(workspace_bytes, hidden)
     if checks.should_check_values(token_ids):
@@ -203,9 +203,7 @@ def linear_logprob(
         weight,
         bias,
         token_ids,
-        softcap,
-        temperature,
-        valid,
+        *(softcap, temperature, valid),
         bool(return_entropy),
         workspace_bytes,
         backends.choose_backend(backend, backends.LOGPROB, hidden),
