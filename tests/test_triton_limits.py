@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from inverseq_kernels import IGNORE_INDEX, triton_logprob, triton_loss  # noqa: E402
+from inverseq_kernels import IGNORE_INDEX, torch_loss, triton_logprob, triton_loss  # noqa: E402
 from inverseq_kernels.triton_common import (  # noqa: E402
     CONTRAST,
     CONTRAST_PAIR,
@@ -15,7 +15,7 @@ from inverseq_kernels.triton_common import (  # noqa: E402
 from inverseq_kernels.triton_exponentials import choose_loss_blocks  # noqa: E402
 
 NUM_WORDS, PITCH, DIM = 70, 128, 16
-SETTINGS = {"softcap": None, "temperature": 1.0, "num_valid_vocab": NUM_WORDS, "workspace_bytes": 2**20}
+SETTINGS = {"softcap": None, "temperature": 1.0, "num_valid_vocab": NUM_WORDS, "workspace_bytes": 2**24}
 
 
 def make_inputs(num_rows, dtype=torch.float32):
@@ -74,6 +74,23 @@ def test_the_upstream_gradient_of_an_ignored_row_does_not_choose_the_scale_of_fp
     for actual, plain in zip(logprob_gradients(inputs, grad)[:2], expected[:2], strict=True):
         assert torch.equal(actual, plain)
         assert actual.any()
+
+
+@pytest.mark.parametrize("backend", [torch_loss, triton_loss])
+def test_an_fp16_sum_is_divided_before_it_is_stored(backend):
+    hidden, weight, _, token_ids = make_inputs(64, torch.float16)
+    hidden[:, 0] = 64.0  # one column whose sum over rows passes 65504
+    weight[:, 0] = 0.0
+    inputs = (hidden, weight, None, torch.zeros_like(token_ids))
+    ones = torch.ones(64)
+    expected, actual = (
+        backend.squared_log_ratio_forward(
+            *arguments, -40 * ones, ones, torch.tensor(1024.0), needs=(True, True, False), **SETTINGS
+        )[3]
+        for arguments in ((hidden.float(), weight.float(), *inputs[2:]), inputs)
+    )
+    assert 65504 < 1024 * expected.abs().amax() < 2**20
+    torch.testing.assert_close(actual.float(), expected, rtol=5e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("op", [CONTRAST, CONTRAST_PAIR, GRADIENT, STATISTICS_RICH])

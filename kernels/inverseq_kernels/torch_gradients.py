@@ -110,8 +110,8 @@ class GradientSums:
         self.bias = None
         if needs_bias and bias is not None:
             self.bias = hidden.new_zeros(bias.shape[0], dtype=head.dtype)
-        # One chunk needs no sum: its blocks go straight into the result.
-        self.direct = weight.dtype != head.dtype and plan.num_chunks <= 1
+        # One chunk needs no sum: its blocks go straight into the result, unless fp16 may overflow unscaled.
+        self.direct = weight.dtype not in (head.dtype, torch.float16) and plan.num_chunks <= 1
         dtype = weight.dtype if self.direct else head.dtype
         self.weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         self._block = None

@@ -282,8 +282,9 @@ class _GradientSums:
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = self.bias = self.scaled = None
         if needs[1]:
-            # One chunk needs no sum: cuBLAS writes the result itself.
-            dtype = weight.dtype if plan.num_chunks == 1 else torch.float32
+            # One chunk needs no sum: cuBLAS writes the result itself, except where that may overflow unscaled.
+            direct = plan.num_chunks == 1 and weight.dtype != torch.float16
+            dtype = weight.dtype if direct else torch.float32
             self.weight = torch.empty_like(weight, dtype=dtype)
             self.weight[num_valid if hidden.shape[0] > 0 else 0 :].zero_()
             if self.hidden is None:
@@ -313,8 +314,6 @@ class _GradientSums:
         result = self.weight
         if result is not None and result.dtype != weight.dtype:
             result = torch.mul(result, undo_scale, out=torch.empty_like(weight))
-        elif result is not None and weight.dtype == torch.float16:
-            result.mul_(undo_scale)
         bias_result = None if self.bias is None else (self.bias * undo_scale).to(bias.dtype)
         return self.hidden, result, bias_result
 
