@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from inverseq.config_loading import load_config
 from inverseq.dry_run import describe_packs, describe_runs, dry_run, synthetic_samples
@@ -13,11 +14,11 @@ from tests.tiny import make_tiny_model
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two model folders whose weights are cut off: whoever loads them fails."""
+    """Two model folders whose weight files hold no weights: whoever loads them fails."""
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("tiny", "sft")):
         make_tiny_model(root / name, seed=seed)
-        (root / name / "model.safetensors").write_bytes(b"cut off")
+        save_file({}, root / name / "model.safetensors")
     return root
 
 
