@@ -26,6 +26,8 @@ from .packing import write_pack
 from .prompts import PromptStream, ReadReport, load_prompts
 from .records import PackedViews, Prompt, RenderedPrompt, Response, Sample
 from .run_directory import check_run_directory
+from .sample_files import eval_path, read_evaluation
+from .sampling_replay import sample_files_of
 from .small_model import MODEL_NAME, small_model_path
 
 __all__ = ["Resolved", "resolve", "resolve_model_path"]
@@ -85,6 +87,8 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
     logger.info("%s", read_report)
     logger.info("%s", prompts.report)
     test_prompts = load_test_prompts(config, renderer, prompts.held_out)
+    if resume:
+        check_same_test_prompts(run_dir, test_prompts)
     check_lengths(config, [*prompts.training, *prompts.held_out, *test_prompts])
     check_positions(config, [*prompts.training, *prompts.held_out, *test_prompts], model_path, model_config)
     if plain_config is not None:
@@ -115,6 +119,15 @@ def check_resumable(config: Config, run_dir: Path) -> None:
         raise ValueError(f"epochs={config.epochs}: the run has finished epoch {checkpoint_epoch(checkpoint)} already")
 
 
+def check_same_test_prompts(run_dir: Path, test_prompts: Sequence[RenderedPrompt]) -> None:
+    """Raise ValueError when the run has answered other test prompts so far: its epochs could not be compared."""
+    answered = eval_path(run_dir, 0)
+    if not answered.exists() or not test_prompts:
+        return
+    if [row["messages"] for row in read_evaluation(answered)] != [list(p.prompt.messages) for p in test_prompts]:
+        raise ValueError(f"evaluation.prompts: differ from those that the run has answered in {answered}")
+
+
 def check_environment(config: Config) -> None:
     """Raise ValueError for a device, backend, package or folder that the configuration asks for and is not there."""
     device = resolve_device(config.model)
@@ -125,6 +138,8 @@ def check_environment(config: Config) -> None:
         raise ValueError("logging.wandb=True: the package wandb is not installed")
     if config.sampling.backend == "replay" and not Path(config.sampling.replay_path).expanduser().is_dir():
         raise ValueError(f"sampling.replay_path={config.sampling.replay_path!r}: no such folder")
+    if config.sampling.backend == "replay" and not sample_files_of(Path(config.sampling.replay_path).expanduser()):
+        raise ValueError(f"sampling.replay_path={config.sampling.replay_path!r}: no samples/epoch_NNNN.jsonl in there")
 
 
 def resolve_model_path(key: str, name: str) -> str:

@@ -1,12 +1,14 @@
 """The whole loop on a tiny model: what a run writes, that it learns, and that targets are those of the formula."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inverseq.config_loading import load_config
+from inverseq.resolve import resolve
 from inverseq.sample_files import read_samples
 from inverseq.trainer import PURPOSES, derive_seed, train
 from tests.tiny import make_tiny_model
@@ -97,6 +99,16 @@ def test_a_finished_run_cannot_be_resumed_with_fewer_epochs(run_dir, model_path)
     paths = [f"model.path={model_path}", f"run_dir={run_dir}", "evaluation.every=2"]
     with pytest.raises(ValueError, match="epochs=1: the run has finished epoch 2 already"):
         train(load_config("demo", [*paths, *overrides, "epochs=1"]), resume=True)
+
+
+def test_a_run_cannot_be_resumed_with_other_test_prompts(run_dir, model_path, tmp_path):
+    copied = shutil.copytree(run_dir, tmp_path / "run")
+    config = load_config("demo", [f"model.path={model_path}", f"run_dir={copied}", *OVERRIDES, "evaluation.every=2"])
+    resolve(config, resume=True)
+    answered = copied / "eval" / "epoch_0000.jsonl"
+    answered.write_text("\n".join(reversed(answered.read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match="evaluation.prompts: differ from those"):
+        resolve(config, resume=True)
 
 
 def test_model_contrast_trains_on_the_two_models_targets(model_path, tmp_path):
