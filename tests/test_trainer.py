@@ -7,7 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from inverseq import trainer
 from inverseq.config_loading import load_config
+from inverseq.engine import NonFiniteError, TorchEngine
+from inverseq.model import load_model
 from inverseq.resolve import resolve
 from inverseq.sample_files import read_samples
 from inverseq.trainer import PURPOSES, derive_seed, train
@@ -129,6 +132,47 @@ def test_model_contrast_trains_on_the_two_models_targets(model_path, tmp_path):
     torch.testing.assert_close(scored.targets.double(), targets, rtol=0, atol=5e-5)
     torch.testing.assert_close(scored.plain_logprobs.double(), plain_logprobs, rtol=0, atol=5e-5)
     assert [row["epoch"] for row in rows(run_dir, "epoch")] == [0, 1]
+
+
+def test_a_plain_model_with_an_unknown_head_is_refused(model_path, tmp_path, monkeypatch):
+    plain_path = make_tiny_model(tmp_path / "sft", seed=1)
+
+    def load_with_scaled_logits(path, config):
+        model = load_model(path, config)
+        if path == str(plain_path):
+            model.lm_head.register_forward_hook(lambda module, args, logits: 3.0 * logits)
+        return model
+
+    monkeypatch.setattr(trainer, "load_model", load_with_scaled_logits)
+    contrast = ["contrast.kind=model", f"contrast.plain_model={plain_path}", "contrast.principle="]
+    paths = [f"model.path={model_path}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="head is not supported"):
+        train(load_config("demo", [*paths, *OVERRIDES, *contrast]))
+    assert not (tmp_path / "run").exists(), "a refused start leaves nothing behind"
+
+
+def test_a_policy_that_is_no_longer_finite_is_not_saved(model_path, tmp_path, monkeypatch):
+    train_step = TorchEngine.train_step
+
+    def poison(engine, step):
+        metrics = train_step(engine, step)
+        with torch.no_grad():
+            engine.weights[0][0].fill_(float("nan"))
+        return metrics
+
+    monkeypatch.setattr(TorchEngine, "train_step", poison)
+    overrides = [item for item in OVERRIDES if not item.startswith("sampling.samples_per_epoch")]
+    paths = [f"model.path={model_path}", f"run_dir={tmp_path / 'run'}", "sampling.samples_per_epoch=4"]
+    with pytest.raises(NonFiniteError, match="epoch 1: held-out metrics"):
+        train(load_config("demo", [*paths, *overrides]))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_became_of_the_prompts_is_logged(model_path, tmp_path, caplog):
+    config = load_config("demo", [f"model.path={model_path}", f"run_dir={tmp_path / 'run'}", *OVERRIDES])
+    with caplog.at_level("INFO", logger="inverseq"):
+        resolve(config)
+    assert "127 prompts from 127 rows" in caplog.text and "6 held out" in caplog.text
 
 
 def test_seeds_differ_by_epoch_purpose_and_rank():
