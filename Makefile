@@ -51,5 +51,5 @@ $(VENV)/.packages: $(VENV)/.created constraints.txt
 
 # Editable, so that commands and tests use this checkout; rebuilt when a C++ source or the packaging changes.
 $(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py kernels/pyproject.toml $(wildcard csrc/*)
-	$(PIP) --no-build-isolation -e ./kernels -e ".[demo,test]"
+	$(PIP) --no-build-isolation -e ./kernels -e ".[demo,test,deepspeed,eval,server,liger,trl,lora]"
 	@touch $@
