@@ -30,17 +30,16 @@ from .sample_files import eval_path, read_evaluation
 from .sampling_replay import sample_files_of
 from .small_model import MODEL_NAME, small_model_path
 
-__all__ = ["Resolved", "resolve", "resolve_model_path"]
+__all__ = ["Resolved", "ResolvedModels", "resolve", "resolve_model_path", "resolve_models"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """What a run needs beside the weights, checked."""
+class ResolvedModels:
+    """The models of a contrast without their weights, and how their conversations are rendered."""
 
     config: Config
-    run_dir: Path
     model_path: str  # a folder or hub id
     plain_model_path: str | None  # π_l of the model contrast
     model_config: PretrainedConfig
@@ -48,9 +47,6 @@ class Resolved:
     tokenizer: PreTrainedTokenizerBase
     num_valid_vocab: int  # token ids are smaller; logits from here on are padding
     renderer: ChatRenderer
-    prompts: PromptStream
-    read_report: ReadReport  # what became of the rows of prompts.path
-    test_prompts: Sequence[RenderedPrompt]  # empty unless evaluation.every is set
 
     def probe_pack(self) -> PackedViews:
         """A small pack of one short sequence, to compare a model's head with its own logits."""
@@ -60,12 +56,44 @@ class Resolved:
         return write_pack([Sample(rendered, response)], [0], (-1,))
 
 
+@dataclass(frozen=True)
+class Resolved(ResolvedModels):
+    """What a run needs beside the weights, checked."""
+
+    run_dir: Path
+    prompts: PromptStream
+    read_report: ReadReport  # what became of the rows of prompts.path
+    test_prompts: Sequence[RenderedPrompt]  # empty unless evaluation.every is set
+
+
 def resolve(config: Config, *, resume: bool = False) -> Resolved:
     """Check a configuration against the world; ValueError names the key, the value and what was expected."""
     run_dir = check_run_directory(config, resume=resume)
     check_environment(config)
     if resume:
         check_resumable(config, run_dir)
+    models = resolve_models(config)
+    prompts, read_report = load_stream(config, models.renderer)
+    logger.info("%s", read_report)
+    logger.info("%s", prompts.report)
+    test_prompts = load_test_prompts(config, models.renderer, prompts.held_out)
+    if resume:
+        check_same_test_prompts(run_dir, test_prompts)
+    check_lengths(config, [*prompts.training, *prompts.held_out, *test_prompts])
+    check_positions(config, [*prompts.training, *prompts.held_out, *test_prompts], models.model_path, models.model_config)
+    if models.plain_model_config is not None:
+        check_positions(config, [*prompts.training, *prompts.held_out], models.plain_model_path, models.plain_model_config)
+    return Resolved(
+        **vars(models),
+        run_dir=run_dir,
+        prompts=prompts,
+        read_report=read_report,
+        test_prompts=test_prompts,
+    )
+
+
+def resolve_models(config: Config) -> ResolvedModels:
+    """Find the models, check that they can be contrasted, and load what renders their conversations."""
     model_path = resolve_model_path("model.path", config.model.path)
     model_config = load_model_config("model.path", model_path, config.model)
     tokenizer = load_tokenizer("model.path", model_path, config.model)
@@ -83,19 +111,8 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
         plain_system=config.contrast.plain_system,
         chat_template=load_chat_template(config.model.chat_template),
     )
-    prompts, read_report = load_stream(config, renderer)
-    logger.info("%s", read_report)
-    logger.info("%s", prompts.report)
-    test_prompts = load_test_prompts(config, renderer, prompts.held_out)
-    if resume:
-        check_same_test_prompts(run_dir, test_prompts)
-    check_lengths(config, [*prompts.training, *prompts.held_out, *test_prompts])
-    check_positions(config, [*prompts.training, *prompts.held_out, *test_prompts], model_path, model_config)
-    if plain_config is not None:
-        check_positions(config, [*prompts.training, *prompts.held_out], plain_path, plain_config)
-    return Resolved(
+    return ResolvedModels(
         config=config,
-        run_dir=run_dir,
         model_path=model_path,
         plain_model_path=plain_path,
         model_config=model_config,
@@ -103,9 +120,6 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
         tokenizer=tokenizer,
         num_valid_vocab=num_valid_vocab,
         renderer=renderer,
-        prompts=prompts,
-        read_report=read_report,
-        test_prompts=test_prompts,
     )
 
 
