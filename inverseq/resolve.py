@@ -80,9 +80,13 @@ def resolve(config: Config, *, resume: bool = False) -> Resolved:
     if resume:
         check_same_test_prompts(run_dir, test_prompts)
     check_lengths(config, [*prompts.training, *prompts.held_out, *test_prompts])
-    check_positions(config, [*prompts.training, *prompts.held_out, *test_prompts], models.model_path, models.model_config)
+    check_positions(
+        config, [*prompts.training, *prompts.held_out, *test_prompts], models.model_path, models.model_config
+    )
     if models.plain_model_config is not None:
-        check_positions(config, [*prompts.training, *prompts.held_out], models.plain_model_path, models.plain_model_config)
+        check_positions(
+            config, [*prompts.training, *prompts.held_out], models.plain_model_path, models.plain_model_config
+        )
     return Resolved(
         **vars(models),
         run_dir=run_dir,
