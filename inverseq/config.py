@@ -150,9 +150,19 @@ class OptimConfig:
 class EngineConfig:
     kernel_backend: str = option("auto", "backend of the fused operations: auto, torch or triton")
     workspace_mib: int = option(0, "temporary memory of the fused operations in MiB; 0 is their default")
+    kind: str = option("auto", "auto (deepspeed with several processes or offload, else torch), torch, deepspeed")
+    zero_stage: str | int = option("auto", "ZeRO stage of the policy: 0, 1, 2, 3; auto is the lowest that fits")
+    offload_optimizer: str = option("auto", "optimizer state in host memory: none, cpu; auto when it does not fit")
+    offload_parameters: str = option("auto", "weights in host memory (ZeRO-3): none, cpu; auto when they do not fit")
+    frozen: str = option("auto", "frozen models: replicated, sharded (ZeRO-3), host; auto is the first that fits")
 
     def __post_init__(self):
         one_of("engine.kernel_backend", self.kernel_backend, ("auto", "torch", "triton"))
+        one_of("engine.kind", self.kind, ("auto", "torch", "deepspeed"))
+        one_of("engine.zero_stage", self.zero_stage, ("auto", "0", "1", "2", "3"))
+        one_of("engine.offload_optimizer", self.offload_optimizer, ("auto", "none", "cpu"))
+        one_of("engine.offload_parameters", self.offload_parameters, ("auto", "none", "cpu"))
+        one_of("engine.frozen", self.frozen, ("auto", "replicated", "sharded", "host"))
         require(self.workspace_mib >= 0, "engine.workspace_mib", self.workspace_mib, "0 or more")
 
     def kernel_options(self) -> dict[str, str | int | None]:

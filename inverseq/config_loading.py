@@ -227,7 +227,11 @@ def coerce(key: str, value: Any, annotation: str) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation == "str | None" and value is None:
         return None
-    if annotation in ("str", "str | None"):
+    if annotation == "str | int" and is_number:  # a choice of words of which YAML reads some as numbers
+        value, annotation = str(value), "str"
+    if annotation == "str | bool" and isinstance(value, bool):  # or as truth values
+        value, annotation = str(value).lower(), "str"
+    if annotation in ("str", "str | None", "str | int", "str | bool"):
         return expect(isinstance(value, str), key, value, "text (in quotes when it looks like a number)")
     if annotation == "bool":
         return expect(isinstance(value, bool), key, value, "true or false")

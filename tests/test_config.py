@@ -259,6 +259,18 @@ def test_differences_name_the_options_that_change_a_run():
 
 def test_every_option_has_a_type_the_loader_reads_and_a_help_text():
     for key, annotation, default, help_text in iter_options():
-        assert annotation in ("str", "str | None", "bool", "int", "float", "tuple[float, float]"), key
+        text = ("str", "str | None", "str | int", "str | bool")
+        assert annotation in (*text, "bool", "int", "float", "tuple[float, float]"), key
         assert len(help_text) > 8 and not help_text.endswith("."), key
         assert default is not dataclasses.MISSING, key
+
+
+def test_a_choice_of_words_may_be_written_as_yaml_reads_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: m}\nrun_dir: r\nengine: {zero_stage: 3}\n")
+    config = load_config(file)
+    assert config.engine.zero_stage == "3" == load_config(file, ["engine.zero_stage=3"]).engine.zero_stage
+    file.write_text(to_yaml(config))
+    assert load_config(file) == config
+    with pytest.raises(ValueError, match="engine.zero_stage='4': expected one of auto, 0, 1, 2, 3"):
+        load_config(file, ["engine.zero_stage=4"])

@@ -15,7 +15,8 @@ KERNELS = ROOT / "kernels" / "inverseq_kernels"
 # What every stage may import, apart from the kernels.
 FOUNDATION = {"records", "config", "attention", "model", "packing", "atomic"}
 # Only these know the order of the stages, or read the configuration for all of them.
-COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "__init__", "__main__"}
+COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "placement"}
+COMPOSING |= {"__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
     {"sampling", "sampling_transformers", "sampling_replay", "sample_files"},
