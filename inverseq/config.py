@@ -7,6 +7,7 @@ The help text of every option is its ``metadata["help"]``.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -22,6 +23,7 @@ __all__ = [
     "PackingConfig",
     "PromptsConfig",
     "SamplingConfig",
+    "ServerConfig",
     "iter_options",
 ]
 
@@ -93,15 +95,71 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    url: str = option("", "backend=server: base URL of an OpenAI-compatible server, for example http://host:8000/v1")
+    model: str = option("", "name under which the server serves the policy; {model_dir} is the folder of its weights")
+    dialect: str = option("openai", "whose fields beyond OpenAI's the server takes: openai, vllm, sglang, transformers")
+    prompts: str = option("ids", "how prompts are sent: ids (vLLM, SGLang) or text (servers that take nothing else)")
+    concurrency: int = option(64, "requests in flight, for each rank")
+    timeout_s: float = option(600.0, "seconds until a request without an answer is given up and sent again")
+    retries: int = option(5, "how often one prompt is sent again before the run stops")
+    wait_s: float = option(300.0, "seconds that a lost or restarting server is waited for")
+    weights_dir: str = option("", "folder that new weights are written to, seen by the server; empty is RUN/weights")
+    refresh_command: str = option("", "command that makes the server load {model_dir}, the weights of step {step}")
+    refresh_url: str = option("", "URL that is sent refresh_body (POST) to make the server load new weights")
+    refresh_body: str = option("", "JSON sent to refresh_url; {model_dir} and {step} are replaced; empty sends none")
+    static: bool = option(False, "never refresh the server's weights: off-policy samples, logged as such")
+
+    def __post_init__(self):
+        one_of("sampling.server.dialect", self.dialect, ("openai", "vllm", "sglang", "transformers"))
+        one_of("sampling.server.prompts", self.prompts, ("ids", "text"))
+        require(self.concurrency > 0, "sampling.server.concurrency", self.concurrency, "a positive number")
+        require(self.retries >= 0, "sampling.server.retries", self.retries, "0 or more")
+        for key in ("timeout_s", "wait_s"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"sampling.server.{key}", value, "a positive number of seconds")
+
+    def check_complete(self) -> None:
+        """Raise ValueError for what ``sampling.backend=server`` needs and is not there."""
+        is_url = self.url.startswith(("http://", "https://"))
+        require(is_url, "sampling.server.url", self.url, "http://… or https://… with sampling.backend=server")
+        require(bool(self.model), "sampling.server.model", self.model, "the model's name on the server")
+        ways = [bool(self.refresh_command), bool(self.refresh_url), self.static]
+        require(
+            sum(ways) == 1, "sampling.server.refresh_command", self.refresh_command,
+            "exactly one of sampling.server.refresh_command, refresh_url and static=true",
+        )  # fmt: skip
+        if self.refresh_body:
+            try:
+                is_object = isinstance(json.loads(self.refresh_body), dict)
+            except ValueError:
+                is_object = False
+            require(is_object, "sampling.server.refresh_body", self.refresh_body, "a JSON object")
+        is_url = self.refresh_url.startswith(("http://", "https://")) or not self.refresh_url
+        require(is_url, "sampling.server.refresh_url", self.refresh_url, "http://… or https://…")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
-    backend: str = option("transformers", "transformers (continuous batching on the policy's weights) or replay")
+    backend: str = option(
+        "transformers", "transformers (continuous batching on the policy's weights), server (OpenAI-compatible), replay"
+    )
     max_new_tokens: int = option(1024, "longest response; longer ones are cut and count as truncated")
     samples_per_epoch: int = option(500, "prompts answered in an epoch")
     batch_size: int = option(64, "sequences decoded together")
     replay_path: str = option("", "backend=replay: folder of samples/epoch_NNNN.jsonl of an earlier run")
+    max_logprob_gap: float = option(
+        0.1, "stop when engine and trainer disagree on a probe prompt by more nats a token in the mean; 0 never stops"
+    )
+    overlap: bool = option(False, "score finished samples while others are still being generated")
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self):
-        one_of("sampling.backend", self.backend, ("transformers", "replay"))
+        one_of("sampling.backend", self.backend, ("transformers", "server", "replay"))
+        gap = self.max_logprob_gap
+        require(0 <= gap < math.inf, "sampling.max_logprob_gap", gap, "0 or more nats")
+        if self.backend == "server":
+            self.server.check_complete()
         for key in ("max_new_tokens", "samples_per_epoch", "batch_size"):
             require(getattr(self, key) > 0, f"sampling.{key}", getattr(self, key), "a positive number")
         require(

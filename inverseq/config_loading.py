@@ -54,8 +54,10 @@ def load_config(recipe_or_file: str | Path, overrides: Sequence[str] = ()) -> Co
     path = recipe_path(recipe_or_file)
     tree = read_yaml(path)
     for key, value in parse_overrides(overrides).items():
-        section, _, leaf = key.rpartition(".")
-        target = tree.setdefault(section, {}) if section else tree
+        *sections, leaf = key.split(".")
+        target = tree
+        for section in sections:
+            target = target.setdefault(section, {})
         target[leaf] = value
     return build(Config, resolve_interpolations(tree, str(recipe_or_file)))
 
@@ -97,7 +99,9 @@ def option_types() -> dict[str, str]:
 
 
 def section_names() -> list[str]:
-    return sorted({key.partition(".")[0] for key in option_types() if "." in key})
+    """Dotted names of all sections, those inside another included."""
+    keys = [key.split(".") for key in option_types()]
+    return sorted({".".join(parts[:depth]) for parts in keys for depth in range(1, len(parts))})
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -153,30 +157,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}{describe_yaml_error(error)}") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {describe_omegaconf_error(error)}") from None
-    return {key: {} if value is None and key in section_names() else value for key, value in tree.items()}
+    return fill_empty_sections(tree)
 
 
-def check_keys(root: yaml.MappingNode, path: Path) -> None:
+def fill_empty_sections(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree with an empty mapping for each section that was written without keys."""
+    filled = {}
+    for key, value in tree.items():
+        if f"{prefix}{key}" in section_names():
+            value = fill_empty_sections(value or {}, f"{prefix}{key}.")
+        filled[key] = value
+    return filled
+
+
+def check_keys(node: yaml.MappingNode, path: Path, prefix: str = "") -> None:
     """Raise ValueError with file and line for an unknown key, or for a section that is no mapping."""
     known, sections = [*option_types()], section_names()
-    for key_node, value_node in root.value:
-        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+    for key_node, value_node in node.value:
+        written, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        key = f"{prefix}{written}"
+        if "." in written and key in (*known, *sections):
+            section, _, leaf = key.rpartition(".")
+            raise ValueError(f"{where}: write {key} as key {leaf} of section {section}")
         if key not in sections:
-            if "." in key and key in known:
-                section, _, leaf = key.partition(".")
-                raise ValueError(f"{where}: write {key} as key {leaf} of section {section}")
             if key not in known:
-                raise ValueError(f"{where}: unknown key {key}{did_you_mean(key, [*sections, *known])}")
+                names = known if prefix else [*sections, *known]
+                raise ValueError(f"{where}: unknown key {key}{did_you_mean(key, names)}")
             continue
         if isinstance(value_node, yaml.ScalarNode) and value_node.value in ("", "null", "~"):
             continue
         if not isinstance(value_node, yaml.MappingNode):
             raise ValueError(f"{where}: {key} is a section; expected a mapping of its keys")
-        for leaf_node, _ in value_node.value:
-            dotted = f"{key}.{leaf_node.value}"
-            if dotted not in known:
-                where = f"{path}:{leaf_node.start_mark.line + 1}"
-                raise ValueError(f"{where}: unknown key {dotted}{did_you_mean(dotted, known)}")
+        check_keys(value_node, path, f"{key}.")
 
 
 def describe_yaml_error(error: yaml.YAMLError) -> str:

@@ -8,15 +8,17 @@ under the constant schedule, in its number of epochs.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from .atomic import atomic_file
-from .config import Config
+from .config import Config, ServerConfig
 from .config_loading import config_differences, load_config, to_yaml
 
 __all__ = ["check_run_directory", "write_run_config"]
 
 RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
+RESUMABLE_KEYS += tuple(f"sampling.server.{item.name}" for item in fields(ServerConfig) if item.name != "static")
 
 
 def check_run_directory(config: Config, *, resume: bool) -> Path:

@@ -1,5 +1,6 @@
 """The command line: help that lists every option, one line for every mistake, and the exit status of each ending."""
 
+import operator
 import os
 import re
 import shlex
@@ -62,8 +63,7 @@ def test_defaults_in_the_help_can_be_given_back_as_overrides(capsys):
     config = load_config("demo", overrides)
     for key, _, default, _ in iter_options():
         if key not in unset:
-            section, _, leaf = key.rpartition(".")
-            assert getattr(getattr(config, section) if section else config, leaf) == default, key
+            assert operator.attrgetter(key)(config) == default, key
 
 
 def test_the_version_is_the_packages(capsys):

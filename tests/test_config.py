@@ -91,6 +91,14 @@ def test_numbers_are_read_as_written(override, key, value):
     assert found == value and type(found) is type(value)
 
 
+def test_a_section_inside_another_is_read_overridden_and_written(tmp_path):
+    path = write(tmp_path, MINIMAL + "sampling:\n  server: {url: 'http://a/v1', retries: 2}\n")
+    config = load_config(path, ["sampling.server.retries=3"])
+    assert (config.sampling.server.url, config.sampling.server.retries) == ("http://a/v1", 3)
+    assert load_config(write(tmp_path, to_yaml(config), "again.yaml")) == config
+    assert load_config(write(tmp_path, MINIMAL + "sampling:\n  server:\n")) == load_config(write(tmp_path, MINIMAL))
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -132,6 +140,10 @@ def test_one_value_may_refer_to_another(monkeypatch):
         ("foo", ("'foo'", "expected section.key=value")),
         ("=3", ("'=3'", "expected section.key=value")),
         ("contrast=1", ("contrast is a section",)),
+        ("sampling.server=1", ("sampling.server is a section", "for example sampling.server.url")),
+        ("sampling.server.ulr=x", ("unknown key sampling.server.ulr", "did you mean sampling.server.url?")),
+        ("sampling.server.retries=-1", ("sampling.server.retries=-1", "expected 0 or more")),
+        ("sampling.backend=server", ("sampling.server.url=''", "expected http://")),
         ("epochs=many", ("epochs='many'", "expected an integer")),
         ("epochs=1.5", ("epochs='1.5'", "expected an integer")),
         ("epochs=0", ("epochs=0", "expected 1 or more")),
@@ -203,6 +215,9 @@ def test_a_file_path_is_preferred_to_nothing_but_a_recipe_name(tmp_path, monkeyp
         (b"model:\n  path: m\n  pth: x\n", ("config.yaml:3", "unknown key model.pth", "did you mean model.path?")),
         (b"contrast.alpha: 1\n", ("config.yaml:1", "write contrast.alpha as key alpha of section contrast")),
         (b"contrast: 5\n", ("config.yaml:1", "contrast is a section")),
+        (b"sampling:\n  server: 5\n", ("config.yaml:2", "sampling.server is a section")),
+        (b"sampling:\n  server:\n    ulr: x\n", ("config.yaml:3", "unknown key sampling.server.ulr")),
+        (b"sampling:\n  server.url: x\n", ("config.yaml:2", "write sampling.server.url as key url of section")),
         (b"contrast: [alpha]\n", ("config.yaml:1", "contrast is a section")),
         (b"epochs: {a: 1}\n", ("epochs={'a': 1}", "expected an integer")),
         (b"epochs: true\n", ("epochs=True", "expected an integer")),
