@@ -1,7 +1,8 @@
-"""The command ``inverseq-train``: read the configuration, then train or only check and plan (``--dry-run``).
+"""The command ``inverseq-train``: read the configuration, then train, start processes that do, or only plan.
 
 Bad input ends with one line on stderr and exit status 2, a run that stopped with 1 and its last checkpoint intact, an
-interrupt with 130 and the command that continues the run. ``INVERSEQ_DEBUG=1`` shows the traceback instead.
+interrupt with 130 and the command that continues the run. ``INVERSEQ_DEBUG=1`` shows the traceback too. As one of
+several processes the program logs on rank 0 only, and its error line begins with the rank.
 """
 
 from __future__ import annotations
@@ -13,12 +14,25 @@ import os
 import shlex
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
 from .config import Config, iter_options
 from .config_loading import load_config, recipe_names
+from .launch import (
+    SUPERVISED,
+    check_gpus,
+    count_processes,
+    exec_on_hosts,
+    is_restarted,
+    launched_rank,
+    mention_idle_gpus,
+    run_processes,
+    wait_for_the_launcher,
+)
 
 __all__ = ["main"]
 
@@ -30,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str):
-        self.exit(2, f"{PROGRAM}: error: {message} (see {PROGRAM} --help)\n")
+        sys.exit(fail(2, f"error: {message} (see {PROGRAM} --help)"))
 
 
 class StderrHandler(logging.Handler):
@@ -41,49 +55,117 @@ class StderrHandler(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
+    """Run the command line and return the exit status; a failing process among several ends here."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = make_parser().parse_intermixed_args(words)
     show_log_lines()
     config = None
     try:
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            from .dry_run import dry_run
-
-            print(dry_run(config, resume=arguments.resume))
-        else:
-            from transformers.utils.logging import disable_progress_bar
-
-            from .trainer import train
-
-            disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
-            train(config, resume=arguments.resume)
+        check_launch_options(arguments)
+        if (arguments.nproc or arguments.hostfile) and not arguments.dry_run:
+            return launch(config, arguments, words)
+        work(config, arguments)
         return 0
     except KeyboardInterrupt:
         return fail(130, describe_interrupt(config, words))
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        if os.environ.get("INVERSEQ_DEBUG") == "1":
+        if os.environ.get("INVERSEQ_DEBUG") == "1" and launched_rank() is None:
             raise
         return fail(2 if isinstance(error, ValueError) else 1, f"error: {error}")
+    except Exception as error:
+        if launched_rank() is None:
+            raise
+        return fail(1, f"error: {type(error).__name__}: {error}", show_traceback=True)
 
 
-def fail(status: int, message: str) -> int:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
-    return status
+def check_launch_options(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options of the launch that contradict each other or the launcher that is there."""
+    if arguments.nproc and arguments.hostfile:
+        raise ValueError("--nproc and --hostfile: expected one of them; the hostfile says how many processes run")
+    if arguments.max_restarts and not arguments.nproc:
+        raise ValueError(f"--max-restarts={arguments.max_restarts}: goes with --nproc; torchrun has an option like it")
+    if (arguments.nproc or arguments.hostfile) and launched_rank() is not None:
+        raise ValueError("--nproc and --hostfile start a launcher; leave them out, this process has one already")
+
+
+def work(config: Config, arguments: argparse.Namespace) -> None:
+    """Train or plan in this process."""
+    if arguments.dry_run:
+        from .dry_run import dry_run
+
+        print(dry_run(config, resume=arguments.resume))
+        return
+    check_gpus(config)
+    if launched_rank() is None:
+        mention_idle_gpus(config)
+    from transformers.utils.logging import disable_progress_bar
+
+    from .trainer import train
+
+    disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
+    train(config, resume=arguments.resume or is_restarted(Path(config.run_dir).expanduser()))
+
+
+def launch(config: Config, arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    """Start the processes that ``--nproc`` or ``--hostfile`` asks for and return their exit status."""
+    given = ["--config", arguments.config, *arguments.overrides]
+    resumed = ["--resume", *given]
+    if arguments.hostfile:
+        exec_on_hosts(resumed if arguments.resume else given, arguments.hostfile)
+    run_dir = Path(config.run_dir).expanduser()
+
+    def words_of_attempt(restarted: bool) -> list[str]:
+        return resumed if arguments.resume or (restarted and (run_dir / "config.yaml").exists()) else given
+
+    status = run_processes(
+        words_of_attempt,
+        num_processes=count_processes(arguments.nproc, config),
+        max_restarts=arguments.max_restarts,
+        say=lambda message: fail(1, message),
+    )
+    return fail(status, describe_interrupt(config, words)) if status >= 128 else status
+
+
+def fail(status: int, message: str, *, show_traceback: bool = False) -> int:
+    """Print one line to stderr and return the status; as one of several processes, end with it.
+
+    Such a process names its rank, gives way to the rank that has more to say, and ends without the interpreter's
+    farewell, which could wait for the other ranks for ever.
+    """
+    rank = launched_rank()
+    message = " ".join(message.split())
+    if rank is None:
+        sys.stderr.write(f"{PROGRAM}: {message}\n")
+        return status
+    if status == 130:
+        end_process(status, message if rank == 0 and not os.environ.get(SUPERVISED) else "")
+    wait_for_the_launcher(rank, status)
+    if show_traceback or os.environ.get("INVERSEQ_DEBUG") == "1":
+        traceback.print_exc()
+    end_process(status, message if message.startswith("[rank ") else f"[rank {rank}] {message}")
+
+
+def end_process(status: int, message: str) -> NoReturn:
+    if message:
+        sys.stderr.write(f"{PROGRAM}: {message}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def describe_interrupt(config: Config | None, words: Sequence[str]) -> str:
     if config is None or "--dry-run" in words or not (Path(config.run_dir).expanduser() / "config.yaml").exists():
         return "interrupted before the run began"
     words = [*words] if "--resume" in words else [*words, "--resume"]
-    return f"interrupted; continue with: {PROGRAM} {shlex.join(words)}"
+    command = PROGRAM if launched_rank() is None else "the same launcher and -m inverseq.cli"
+    return f"interrupted; continue with: {command} {shlex.join(words)}"
 
 
 def show_log_lines() -> None:
-    """Send this package's log lines to stderr, once however often ``main`` is called."""
+    """Send this package's log lines to stderr, once however often ``main`` is called; of several processes rank 0's."""
     logger = logging.getLogger("inverseq")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.ERROR if launched_rank() else logging.INFO)
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         handler = StderrHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
@@ -93,7 +175,8 @@ def show_log_lines() -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=PROGRAM,
-        usage=f"{PROGRAM} --config RECIPE_OR_FILE [--resume] [--dry-run] [section.key=value ...]",
+        usage=f"{PROGRAM} --config RECIPE_OR_FILE [--resume] [--dry-run] [--nproc N | --hostfile FILE]\n"
+        f"{'':{len(f'usage: {PROGRAM} ')}}[section.key=value ...]",
         description="Train a chat model with Inverse-Q*: no preference pairs, no reward model, no value model.",
         epilog=describe_options(),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=HELP_WIDTH),
@@ -113,6 +196,22 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resolve and check everything, print prompts, memory and the packs of an epoch, and start nothing",
     )
+    parser.add_argument(
+        "--nproc", metavar="N", help="run in N processes of this machine, started by torchrun; auto is one per GPU"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=count,
+        default=0,
+        metavar="N",
+        help="with --nproc: after a failure start all processes again, at most N times; the run continues by itself",
+    )
+    parser.add_argument(
+        "--hostfile",
+        metavar="FILE",
+        help="run on the hosts of FILE, lines 'HOST slots=N', started by DeepSpeed's launcher over ssh",
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument(
         "overrides",
@@ -121,6 +220,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="options on top of the file, for example optim.lr=1e-6",
     )
     return parser
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or a positive number")
+    return int(text)
 
 
 def describe_options() -> str:
