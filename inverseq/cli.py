@@ -17,7 +17,6 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from . import __version__
 from .config import Config, iter_options
@@ -26,6 +25,7 @@ from .launch import (
     SUPERVISED,
     check_gpus,
     count_processes,
+    end_process,
     exec_on_hosts,
     is_restarted,
     launched_rank,
@@ -130,8 +130,7 @@ def launch(config: Config, arguments: argparse.Namespace, words: Sequence[str]) 
 def fail(status: int, message: str, *, show_traceback: bool = False) -> int:
     """Print one line to stderr and return the status; as one of several processes, end with it.
 
-    Such a process names its rank, gives way to the rank that has more to say, and ends without the interpreter's
-    farewell, which could wait for the other ranks for ever.
+    Such a process names its rank and gives way to the rank that has more to say.
     """
     rank = launched_rank()
     message = " ".join(message.split())
@@ -139,19 +138,11 @@ def fail(status: int, message: str, *, show_traceback: bool = False) -> int:
         sys.stderr.write(f"{PROGRAM}: {message}\n")
         return status
     if status == 130:
-        end_process(status, message if rank == 0 and not os.environ.get(SUPERVISED) else "")
+        end_process(status, f"{PROGRAM}: {message}" if rank == 0 and not os.environ.get(SUPERVISED) else "")
     wait_for_the_launcher(rank, status)
     if show_traceback or os.environ.get("INVERSEQ_DEBUG") == "1":
         traceback.print_exc()
-    end_process(status, message if message.startswith("[rank ") else f"[rank {rank}] {message}")
-
-
-def end_process(status: int, message: str) -> NoReturn:
-    if message:
-        sys.stderr.write(f"{PROGRAM}: {message}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    end_process(status, f"{PROGRAM}: {message if message.startswith('[rank ') else f'[rank {rank}] {message}'}")
 
 
 def describe_interrupt(config: Config | None, words: Sequence[str]) -> str:

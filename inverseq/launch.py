@@ -7,6 +7,8 @@ started knows it by RANK and WORLD_SIZE, whichever launcher it was.
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
 import shutil
@@ -16,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +30,7 @@ __all__ = [
     "check_gpus",
     "check_hosts",
     "count_processes",
+    "end_process",
     "exec_on_hosts",
     "is_restarted",
     "launched_rank",
@@ -60,6 +64,22 @@ def wait_for_the_launcher(rank: int, status: int) -> None:
         time.sleep(OTHERS_WAIT_S)
     elif status != BAD_INPUT:
         time.sleep(FIRST_WAIT_S)
+
+
+def end_process(status: int, message: str) -> NoReturn:
+    """End one of several processes, its message on stderr and in the table that torchrun prints of failed ranks.
+
+    Without the interpreter's farewell, which could wait for the other ranks for ever.
+    """
+    if message:
+        sys.stderr.write(f"{message}\n")
+    if message and os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            content = json.dumps({"message": message, "timestamp": int(time.time())})
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_restarted(run_dir: Path) -> bool:
@@ -178,11 +198,11 @@ def read_hosts(hostfile: str) -> list[str]:
         raise ValueError(f"--hostfile={hostfile}: needs deepspeed (pip install 'inverseq[deepspeed]')")
     if not Path(hostfile).is_file():
         raise ValueError(f"--hostfile={hostfile}: no such file")
-    from deepspeed.launcher.runner import fetch_hostfile
-
-    logging.getLogger("DeepSpeed").setLevel(logging.CRITICAL)  # prints the whole file beside its error
     try:
-        return list(fetch_hostfile(hostfile))
+        with redirect_stdout(io.StringIO()):  # prints the whole file beside its error
+            from deepspeed.launcher.runner import fetch_hostfile
+
+            return list(fetch_hostfile(hostfile))
     except ValueError as error:
         raise ValueError(f"--hostfile={hostfile}: {error}; expected lines like: worker-1 slots=8") from None
 
