@@ -1,0 +1,202 @@
+"""The processes of a run: which one this is, what they tell each other, and how all stop when one fails.
+
+A launcher (torchrun, DeepSpeed's) has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them the
+run is one process and every function here is free. Python objects travel through a gloo group of their own, tensors
+through the default group, which is the engine's. Left out: starting processes, and anything that knows the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .config import Config
+from .model import resolve_device
+
+__all__ = ["RankFailed", "Ranks", "init_ranks"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "DEEPSPEED_TIMEOUT", 60  # how long a rank waits for the others
+FAILURE_KEY = "failure"
+POLL_S, GRACE_S = 1.0, 15.0
+
+
+class RankFailed(RuntimeError):
+    """Another rank has failed and says why itself; this one only stops. ``rank`` is that rank."""
+
+    def __init__(self, rank: int, reason: str):
+        super().__init__(f"stopped because rank {rank} failed: {reason}")
+        self.rank = rank
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. The default is a run of one process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    group: Any = None  # gloo, for Python objects
+    watch: FailureWatch | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True for the rank that writes the run's files and log lines."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of items that all ranks hold; ranks may get none."""
+        return list(items[self.rank :: self.world_size])
+
+    def unshare(self, items: Sequence[T]) -> list[T]:
+        """All items in their order before ``share``, on every rank, from the part of each."""
+        parts = self.gather(list(items))
+        whole: list[Any] = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            whole[rank :: self.world_size] = part
+        return whole
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let a rank that raises in the block stop all ranks, wherever they are.
+
+        The first rank that fails raises its own error; every other rank, also one that fails in the wake of the first,
+        raises ``RankFailed``, which names it. A rank that sits in a collective operation and cannot be reached ends
+        itself. Ends the process group.
+        """
+        try:
+            yield
+        except BaseException as error:
+            failure = self.watch.report(error) if self.watch is not None else None
+            if self.group is None:  # an NCCL group may wait here for operations that will never end
+                self._leave()
+            if failure is not None:
+                raise failure from None
+            raise
+        if self.watch is not None:
+            self.watch.close()
+            self.barrier()  # rank 0 may hold the store that the watches of the others read
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_ranks(config: Config) -> Ranks:
+    """Join the processes that a launcher started; without a launcher, or for one process, the run is this process.
+
+    Raises ValueError for variables of a launcher that do not belong together, a LOCAL_RANK without a GPU, a package
+    that is missing for several processes, and an address where the ranks cannot meet.
+    """
+    found = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
+    if "WORLD_SIZE" not in found or os.environ["WORLD_SIZE"] == "1":
+        return Ranks()
+    missing = [name for name in LAUNCHER_VARIABLES if name not in found]
+    if missing:
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected {missing[0]} beside it, as launchers set it")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in LAUNCHER_VARIABLES[:3])
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK={rank}: expected 0 … {world_size - 1}, for WORLD_SIZE={world_size}")
+    on_cuda = resolve_device(config.model).type == "cuda"
+    if on_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
+    timeout = timedelta(minutes=int(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_MINUTES))
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout)
+    except dist.DistError as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"MASTER_ADDR:MASTER_PORT={address}: the ranks could not meet there: {said}") from error
+    group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else None
+    return Ranks(rank, world_size, local_rank, group, FailureWatch(rank))
+
+
+class FailureWatch:
+    """A word of failure in the launcher's store, written by the first rank that fails and watched for by all.
+
+    Collective operations cannot carry it: the other ranks may wait in one that will never end.
+    """
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives an attempt
+        self.store = dist.PrefixStore(f"inverseq/{attempt}", dist.TCPStore(*address, is_master=False))
+        self.over = threading.Event()
+        self.failure: RankFailed | None = None
+        self.thread = threading.Thread(target=self._run, name="failure watch", daemon=True)
+        self.thread.start()
+
+    def report(self, error: BaseException) -> RankFailed | None:
+        """Say that this rank fails, and return the failure of the rank that said so first, unless it is this one."""
+        self.over.set()
+        if self.failure is not None:
+            return self.failure
+        reason = f"{self.rank} {type(error).__name__}: {error}"
+        try:
+            return self._understood(self.store.compare_set(FAILURE_KEY, "", reason).decode())
+        except dist.DistError:
+            return None  # the process that held the store has gone; this rank knows of no other failure
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.over.set()
+        self.thread.join()
+
+    def _understood(self, reason: str) -> RankFailed | None:
+        rank, _, words = reason.partition(" ")
+        return None if int(rank) == self.rank else RankFailed(int(rank), words)
+
+    def _run(self) -> None:
+        while not self.over.wait(POLL_S):
+            try:
+                if not self.store.check([FAILURE_KEY]):
+                    continue
+                self.failure = self._understood(self.store.get(FAILURE_KEY).decode())
+            except dist.DistError:
+                self.failure = RankFailed(0, "its process has gone")
+            break
+        if self.failure is None or self.over.is_set():
+            return
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it from Python code only
+        if not self.over.wait(GRACE_S):
+            logger.error("%s", self.failure)
+            os._exit(1)
