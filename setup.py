@@ -18,7 +18,8 @@ setup(
     package_dir={"inverseq": "inverseq"},
     include_package_data=False,  # what package_data names and nothing else
     package_data={
-        "inverseq": ["recipes/*.yaml", "principles/*.txt", "templates/*.jinja", "data/*.jsonl", "data/*.jsonl.gz"]
+        "inverseq": ["recipes/*.yaml", "principles/*.txt", "templates/*.jinja", "data/*.jsonl", "data/*.jsonl.gz"],
+        "inverseq.evaluation": ["generate.yaml", "judge_prompts/*.txt"],
     },
     ext_modules=[packing],
 )
