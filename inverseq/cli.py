@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from . import __version__
 from .config import Config, iter_options
 from .config_loading import load_config, recipe_names
 from .launch import (
+    ECHO_WAIT_S,
     SUPERVISED,
-    check_gpus,
     count_processes,
     end_process,
     exec_on_hosts,
@@ -96,15 +97,19 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
 
         print(dry_run(config, resume=arguments.resume))
         return
-    check_gpus(config)
     if launched_rank() is None:
         mention_idle_gpus(config)
     from transformers.utils.logging import disable_progress_bar
 
+    from .distributed import RankFailed
     from .trainer import train
 
     disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
-    train(config, resume=arguments.resume or is_restarted(Path(config.run_dir).expanduser()))
+    try:
+        train(config, resume=arguments.resume or is_restarted(Path(config.run_dir).expanduser()))
+    except RankFailed:
+        time.sleep(ECHO_WAIT_S)  # the rank that failed says why, and the launcher ends this one
+        raise
 
 
 def launch(config: Config, arguments: argparse.Namespace, words: Sequence[str]) -> int:

@@ -26,8 +26,8 @@ from typing import NoReturn
 from .config import Config
 
 __all__ = [
+    "ECHO_WAIT_S",
     "SUPERVISED",
-    "check_gpus",
     "check_hosts",
     "count_processes",
     "end_process",
@@ -47,6 +47,7 @@ BAD_INPUT = 2  # the exit status that no restart can help
 SUPERVISED = "INVERSEQ_SUPERVISED"  # set for the processes of run_processes, which speaks for them
 SSH_TIMEOUT_S = 5
 FIRST_WAIT_S, OTHERS_WAIT_S = 2.0, 5.0
+ECHO_WAIT_S = 10.0  # of a rank that stops because another one failed
 
 
 def launched_rank() -> int | None:
@@ -109,15 +110,6 @@ def count_processes(nproc: str, config: Config) -> int:
     if 0 < num_gpus < int(nproc):
         raise ValueError(f"--nproc={nproc}: this machine has {num_gpus} GPUs; expected at most one process for each")
     return int(nproc)
-
-
-def check_gpus(config: Config) -> None:
-    """Raise ValueError when a launcher started more processes on this machine than it has GPUs."""
-    num_gpus, local_rank = _num_gpus(config), int(os.environ.get("LOCAL_RANK") or 0)
-    if 0 < num_gpus <= local_rank:
-        raise ValueError(
-            f"LOCAL_RANK={local_rank}: this machine has {num_gpus} GPUs; start at most one process for each of them"
-        )
 
 
 def mention_idle_gpus(config: Config) -> None:
