@@ -19,6 +19,7 @@ import torch
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import Config
+from .distributed import Ranks, init_ranks
 from .engine import Engine, NonFiniteError, TorchEngine
 from .export import export_model
 from .metrics import MetricsLog
@@ -53,6 +54,7 @@ class State:
     """Everything a run holds. ``epoch`` counts finished epochs; ``running_epoch`` is shown to the user."""
 
     config: Config
+    ranks: Ranks
     resolved: Resolved
     run_dir: Path
     engine: Engine
@@ -84,9 +86,17 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Bad input raises ValueError before any model is loaded. With ``resume`` the run goes on behind its newest
     complete checkpoint; an epoch that was cut short is replayed from its start.
     """
+    ranks = init_ranks(config)
+    with ranks.failing_together():
+        return train_ranks(config, ranks, resume=resume)
+
+
+def train_ranks(config: Config, ranks: Ranks, *, resume: bool) -> Path:
+    """``train`` as one of several processes."""
     resolved = resolve(config, resume=resume)
+    ranks.barrier()  # a rank that is ahead must not write what another one still checks
     checkpoint = latest_checkpoint(resolved.run_dir) if resume else None
-    state = build_state(resolved)
+    state = build_state(resolved, ranks)
     write_run_config(config, resolved.run_dir)
     try:
         if checkpoint is not None:
@@ -135,7 +145,7 @@ def run_epoch(state: State, config: Config) -> None:
     evaluate_if_due(state)
 
 
-def build_state(resolved: Resolved) -> State:
+def build_state(resolved: Resolved, ranks: Ranks) -> State:
     """Load the models and make the engine, the sampler and the logs of a run."""
     config = resolved.config
     initial = load_model(resolved.model_path, config.model)
@@ -151,6 +161,7 @@ def build_state(resolved: Resolved) -> State:
     updates = config.epochs * len(step_sizes(config.sampling.samples_per_epoch, config.optim.samples_per_step))
     return State(
         config=config,
+        ranks=ranks,
         resolved=resolved,
         run_dir=resolved.run_dir,
         engine=TorchEngine(policy, config.optim, updates),
