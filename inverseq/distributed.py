@@ -52,6 +52,7 @@ class Ranks:
     local_rank: int = 0  # among the processes of this machine
     group: Any = None  # gloo, for Python objects
     watch: FailureWatch | None = None
+    num_restarts: int = 0  # 0 in a launcher's first attempt, more in each later one; the same on every rank
 
     @property
     def is_main(self) -> bool:
@@ -125,8 +126,9 @@ def init_ranks(config: Config) -> Ranks:
     that is missing for several processes, and an address where the ranks cannot meet.
     """
     found = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     if "WORLD_SIZE" not in found or os.environ["WORLD_SIZE"] == "1":
-        return Ranks()
+        return Ranks(num_restarts=num_restarts)
     missing = [name for name in LAUNCHER_VARIABLES if name not in found]
     if missing:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected {missing[0]} beside it, as launchers set it")
@@ -146,7 +148,9 @@ def init_ranks(config: Config) -> Ranks:
         said = str(error).strip().splitlines()[0]
         raise ValueError(f"MASTER_ADDR:MASTER_PORT={address}: the ranks could not meet there: {said}") from error
     group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else None
-    return Ranks(rank, world_size, local_rank, group, FailureWatch(rank))
+    counts = [0] * world_size  # torchrun counts a restart on the machine alone where a process failed
+    dist.all_gather_object(counts, num_restarts, group=group)
+    return Ranks(rank, world_size, local_rank, group, FailureWatch(rank, sum(counts)), sum(counts))
 
 
 class FailureWatch:
@@ -155,11 +159,11 @@ class FailureWatch:
     Collective operations cannot carry it: the other ranks may wait in one that will never end.
     """
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int, num_restarts: int):
         self.rank = rank
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives an attempt
-        self.store = dist.PrefixStore(f"inverseq/{attempt}", dist.TCPStore(*address, is_master=False))
+        prefix = f"inverseq/{num_restarts}"  # torchrun's store outlives an attempt
+        self.store = dist.PrefixStore(prefix, dist.TCPStore(*address, is_master=False))
         self.over = threading.Event()
         self.failure: RankFailed | None = None
         self.thread = threading.Thread(target=self._run, name="failure watch", daemon=True)
@@ -170,6 +174,8 @@ class FailureWatch:
         self.over.set()
         if self.failure is not None:
             return self.failure
+        if isinstance(error, KeyboardInterrupt):
+            return None  # the launcher interrupts every rank
         reason = f"{self.rank} {type(error).__name__}: {error}"
         try:
             return self._understood(self.store.compare_set(FAILURE_KEY, "", reason).decode())
