@@ -2,69 +2,119 @@
 
 A model whose attention implementation is ``ATTENTION_NAME`` is called with ``layout=attention_layout(pack)``; each
 sequence of the pack attends to itself, and to its parent sequence when a shared prefix was emitted once. Nothing is
-padded and no [T, T] mask is built. On CUDA the var-len FlashAttention kernels inside torch serve; elsewhere
-``scaled_dot_product_attention`` runs once per sequence. transformers builds no mask for a name that has no mask
-function, so a forward costs no synchronisation here.
+padded, and transformers builds no mask for a name that has no mask function, so a forward costs no synchronisation
+here. Behind the name stand four backends, chosen by ``choose_backend``:
 
-Left out: attention sinks and, on CUDA, logit softcapping (both are refused).
+    flash_attn  the flash-attn package                CUDA, 16-bit, head sizes that are multiples of 8 up to 256
+    varlen      the FlashAttention kernels in torch   the same, without a cap on attention logits
+    flex        FlexAttention                         CUDA; on a CPU uncompiled and without gradients
+    sdpa        one call per sequence                 every device and dtype; what a CPU uses
+
+Left out, and refused: attention sinks, attention that is not causal, dropout.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from .records import PackedViews
+from .attention_flex import flex_attention
+from .attention_layout import AttentionLayout, attention_layout
+from .attention_sdpa import sdpa_attention
+from .attention_varlen import flash_attn_function, torch_varlen_function, varlen_attention
 
-__all__ = ["ATTENTION_NAME", "AttentionLayout", "attention_layout"]
+__all__ = [
+    "ATTENTION_NAME",
+    "BACKENDS",
+    "AttentionLayout",
+    "AttentionNeeds",
+    "attention_layout",
+    "check_backend",
+    "choose_backend",
+]
 
 logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "inverseq_varlen"
+BACKENDS = ("flash_attn", "varlen", "flex", "sdpa")  # on CUDA the first that serves is taken
+LARGEST_FLASH_HEAD, SMALLEST_FLEX_HEAD = 256, 16
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionLayout:
-    """Where each sequence's queries and keys stand; made on the host once per pack, used by every layer."""
+class AttentionNeeds:
+    """What decides whether a backend serves a layer."""
 
-    seqlens_q: tuple[int, ...]
-    seqlens_k: tuple[int, ...]  # own length plus the parent's
-    cu_seqlens_q: Tensor  # [S + 1] int32
-    cu_seqlens_k: Tensor  # [S + 1] int32
-    key_index: Tensor | None  # [T_k] int64, None when keys are the pack's own tokens in order
+    device_type: str
+    dtype: torch.dtype
+    head_size: int  # of queries and keys
+    value_head_size: int
+    softcap: bool = False  # True: attention logits are capped
+    needs_grad: bool = False
+    capability: tuple[int, int] | None = None  # of the CUDA device
 
 
-def attention_layout(pack: PackedViews) -> AttentionLayout:
-    """The attention layout of a pack on the pack's device."""
-    parents = pack.parent_seq.tolist()
-    device = pack.input_ids.device
-    if all(parent < 0 for parent in parents):
-        return AttentionLayout(pack.seqlens, pack.seqlens, pack.cu_seqlens, pack.cu_seqlens, None)
-    starts = [0]
-    for length in pack.seqlens:
-        starts.append(starts[-1] + length)
-    pieces, seqlens_k = [], []
-    for s, parent in enumerate(parents):
-        if parent >= 0:
-            assert parent < s and parents[parent] < 0, "a parent is an earlier sequence without a parent"
-            pieces.append(torch.arange(starts[parent], starts[parent + 1]))
-        pieces.append(torch.arange(starts[s], starts[s + 1]))
-        seqlens_k.append(pack.seqlens[s] + (pack.seqlens[parent] if parent >= 0 else 0))
-    cu_seqlens_k = torch.tensor([0, *seqlens_k], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return AttentionLayout(
-        seqlens_q=pack.seqlens,
-        seqlens_k=tuple(seqlens_k),
-        cu_seqlens_q=pack.cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k.to(device, non_blocking=True),
-        key_index=torch.cat(pieces).to(device, non_blocking=True),
-    )
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError when ``model.attention=backend`` cannot serve on the device, whatever the model is."""
+    if backend != "auto":
+        needs = AttentionNeeds(device.type, dtype, 64, 64, needs_grad=True, capability=_capability(device))
+        choose_backend(backend, needs)
+
+
+@functools.cache
+def choose_backend(backend: str, needs: AttentionNeeds) -> str:
+    """The backend that serves a layer: the one asked for, or for ``auto`` the fastest that can.
+
+    On a CPU, and for fp32 on CUDA, ``auto`` is sdpa. Raises ValueError when the one asked for cannot serve.
+    """
+    if backend != "auto":
+        reason = cannot_serve(backend, needs)
+        if reason:
+            raise ValueError(f"model.attention={backend!r}: {reason}; use model.attention=auto")
+        chosen, reasons = backend, {}
+    elif needs.device_type != "cuda" or needs.dtype not in (torch.float16, torch.bfloat16):
+        chosen, reasons = "sdpa", {}
+    else:
+        reasons = {name: cannot_serve(name, needs) for name in BACKENDS}
+        chosen = next(name for name in BACKENDS if not reasons[name])
+    if chosen in ("flex", "sdpa") and reasons:
+        skipped = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        _warn_once(f"packed attention takes the slower {chosen} ({skipped})")
+    if needs.device_type == "cuda" and chosen != "sdpa":
+        _warn_once(f"attention through {chosen} has never been verified on a CUDA device by this project")
+    return chosen
+
+
+def cannot_serve(backend: str, needs: AttentionNeeds) -> str:
+    """Why the backend cannot serve; empty when it can."""
+    if backend == "sdpa":
+        return ""
+    if backend == "flex":
+        if needs.device_type != "cuda":
+            return "FlexAttention has no gradients on a CPU" if needs.needs_grad else ""
+        small = min(needs.head_size, needs.value_head_size) < SMALLEST_FLEX_HEAD
+        return f"heads of {needs.head_size} are below FlexAttention's {SMALLEST_FLEX_HEAD}" if small else ""
+    if needs.device_type != "cuda":
+        return "it needs a CUDA device"
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, not {str(needs.dtype).removeprefix('torch.')}"
+    if needs.capability is not None and needs.capability < (8, 0):
+        return f"it needs compute capability 8.0, the device has {needs.capability[0]}.{needs.capability[1]}"
+    if needs.value_head_size != needs.head_size:
+        return f"heads of {needs.head_size} with values of {needs.value_head_size}"
+    if needs.head_size % 8 or needs.head_size > LARGEST_FLASH_HEAD:
+        return f"heads of {needs.head_size}; it takes multiples of 8 up to {LARGEST_FLASH_HEAD}"
+    if backend == "varlen" and needs.softcap:
+        return "torch's varlen_attn cannot cap attention logits"
+    try:
+        flash_attn_function() if backend == "flash_attn" else torch_varlen_function()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def packed_attention(
@@ -84,94 +134,44 @@ def packed_attention(
     """Attention of one layer over a pack; transformers' attention-function signature.
 
     Returns [1, T, H, head size] and no attention weights. Raises ValueError for what would silently change the
-    numbers: no layout, a padded batch, attention dropout, attention sinks, softcapping on CUDA.
+    numbers: no layout, a padded batch, attention dropout, attention sinks, attention that is not causal; and for a
+    backend that was asked for and cannot serve.
     """
+    name = type(module).__name__
     if layout is None or query.shape[0] != 1 or attention_mask is not None:
         raise ValueError(f"{ATTENTION_NAME!r} takes one packed row, layout=attention_layout(pack) and no mask")
     if s_aux is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks, which packed attention does not support")
+        raise ValueError(f"{name} uses attention sinks, which packed attention does not support")
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; packed attention supports 0 only (config.attention_dropout)")
-    if layout.key_index is not None:
-        key, value = key[:, :, layout.key_index], value[:, :, layout.key_index]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        if softcap:
-            raise ValueError(f"{type(module).__name__} caps its attention logits, which torch's varlen_attn cannot do")
-        return _varlen_attention(query, key, value, layout, scaling, sliding_window), None
-    return _per_sequence_attention(query, key, value, layout, scaling, sliding_window, softcap), None
-
-
-def _varlen_attention(query, key, value, layout: AttentionLayout, scaling, sliding_window) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _warn_never_verified()
-    # torch 2.10 takes is_causal, later releases express it as a window; (W − 1, 0) sees W keys.
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        causal = {"window_size": (sliding_window - 1 if sliding_window else -1, 0)}
-    elif sliding_window and max(layout.seqlens_k) > sliding_window:
-        raise ValueError(f"sequences longer than the sliding window {sliding_window} need a newer torch")
-    else:
-        causal = {"is_causal": True}
-    if query.shape[1] != key.shape[1]:
-        causal["enable_gqa"] = True
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        max(layout.seqlens_q),
-        max(layout.seqlens_k),
-        scale=scaling,
-        **causal,
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{name} attends in both directions; packed attention is causal")
+    needs = AttentionNeeds(
+        device_type=query.device.type,
+        dtype=query.dtype,
+        head_size=query.shape[-1],
+        value_head_size=value.shape[-1],
+        softcap=bool(softcap),
+        needs_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        capability=_capability(query.device),
     )
-    return out[None]
+    backend = choose_backend(layout.backend, needs)
+    inputs = (query, key, value, layout, scaling, sliding_window or None, softcap)
+    if backend == "flash_attn":
+        return varlen_attention(flash_attn_function(), *inputs), None
+    if backend == "varlen":
+        return varlen_attention(torch_varlen_function(), *inputs), None
+    return (flex_attention if backend == "flex" else sdpa_attention)(*inputs), None
 
 
 @functools.cache
-def _warn_never_verified() -> None:
-    logger.warning("attention through torch's varlen_attn has never been verified on a CUDA device by this project")
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
-def _per_sequence_attention(query, key, value, layout: AttentionLayout, scaling, sliding_window, softcap) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    outs = []
-    for q, k, v in zip(
-        query.split(layout.seqlens_q, dim=2),
-        key.split(layout.seqlens_k, dim=2),
-        value.split(layout.seqlens_k, dim=2),
-        strict=True,
-    ):
-        len_q, len_k = q.shape[2], k.shape[2]
-        windowed = bool(sliding_window) and len_k > sliding_window
-        if softcap:
-            outs.append(_softcapped_attention(q, k, v, scaling, sliding_window, softcap))
-        elif len_q == len_k and not windowed:
-            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
-        else:
-            mask = _causal_mask(len_q, len_k, sliding_window, q.device)
-            outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
-    return torch.cat(outs, dim=2).transpose(1, 2)
-
-
-def _softcapped_attention(q, k, v, scaling, sliding_window, softcap: float) -> Tensor:
-    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v.float()).to(q.dtype)
-
-
-def _causal_mask(len_q: int, len_k: int, sliding_window: int | None, device) -> Tensor:
-    """[len_q, len_k] bool; the last query sees the last key."""
-    query_position = torch.arange(len_k - len_q, len_k, device=device)[:, None]
-    key_position = torch.arange(len_k, device=device)[None, :]
-    mask = key_position <= query_position
-    if sliding_window:
-        mask &= key_position > query_position - sliding_window
-    return mask
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

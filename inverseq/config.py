@@ -51,12 +51,16 @@ class ModelConfig:
     dtype: str = option("auto", "dtype of weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16")
     device: str = option("auto", "auto (CUDA when there is one), cpu, cuda")
     chat_template: str = option("", "file or shipped name (vicuna, zephyr) replacing the tokenizer's template")
+    attention: str = option(
+        "auto", "packed attention: flash_attn, varlen, flex, sdpa; auto is sdpa on a CPU, on CUDA the first that serves"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     trust_remote_code: bool = option(False, "run model code from the model's repository")
 
     def __post_init__(self):
         one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         one_of("model.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("model.attention", self.attention, ("auto", "flash_attn", "varlen", "flex", "sdpa"))
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,11 @@ class SamplingConfig:
         "transformers", "transformers (continuous batching on the policy's weights), server (OpenAI-compatible), replay"
     )
     max_new_tokens: int = option(1024, "longest response; longer ones are cut and count as truncated")
-    samples_per_epoch: int = option(500, "prompts answered in an epoch")
+    samples_per_epoch: int = option(500, "responses drawn in an epoch")
+    samples_per_prompt: int = option(1, "responses to each prompt, every one a sample; divides samples_per_epoch")
+    per_prompt_seeds: bool = option(
+        False, "backend=transformers: responses do not depend on batch, order and number of processes"
+    )
     batch_size: int = option(64, "sequences decoded together")
     replay_path: str = option("", "backend=replay: folder of samples/epoch_NNNN.jsonl of an earlier run")
     max_logprob_gap: float = option(
@@ -160,8 +168,16 @@ class SamplingConfig:
         require(0 <= gap < math.inf, "sampling.max_logprob_gap", gap, "0 or more nats")
         if self.backend == "server":
             self.server.check_complete()
-        for key in ("max_new_tokens", "samples_per_epoch", "batch_size"):
+        for key in ("max_new_tokens", "samples_per_epoch", "samples_per_prompt", "batch_size"):
             require(getattr(self, key) > 0, f"sampling.{key}", getattr(self, key), "a positive number")
+        divides = self.samples_per_epoch % self.samples_per_prompt == 0
+        key = "sampling.samples_per_prompt"
+        require(divides, key, self.samples_per_prompt, f"a divisor of samples_per_epoch={self.samples_per_epoch}")
+        key = "sampling.per_prompt_seeds"
+        require(
+            not self.per_prompt_seeds or self.backend == "transformers", key, self.per_prompt_seeds,
+            "false with another backend than transformers",
+        )  # fmt: skip
         require(
             bool(self.replay_path) == (self.backend == "replay"),
             "sampling.replay_path", self.replay_path, "a folder with backend=replay, nothing otherwise",

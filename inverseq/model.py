@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .attention import ATTENTION_NAME, attention_layout
+from .attention import ATTENTION_NAME, AttentionLayout, attention_layout, check_backend
 from .config import ModelConfig
 from .records import PackedViews
 
@@ -54,13 +54,14 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 
     Dropout is off because targets and policy must be the same function of the weights: with it, a policy equal to
     its target would have a loss. Raises ValueError when the weights cannot be read or are not all there: what is
-    missing would otherwise be made up at random.
+    missing would otherwise be made up at random; and when ``model.attention`` cannot serve on the device.
     """
-    device = resolve_device(config)
+    device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
+    check_backend(config.attention, device, dtype)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=resolve_dtype(config, device),
+            dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
@@ -80,6 +81,7 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
             module.p = 0.0
         if getattr(module, "attention_dropout", 0.0):
             module.attention_dropout = 0.0
+    model.packed_attention_backend = config.attention
     return model.to(device).eval()
 
 
@@ -115,10 +117,14 @@ def action_hidden(model: PreTrainedModel, pack: PackedViews) -> Tensor:
         input_ids=pack.input_ids[None],
         position_ids=pack.position_ids[None],
         use_cache=False,
-        layout=attention_layout(pack),
+        layout=_layout(model, pack),
     ).last_hidden_state[0]
     num_views, num_actions = pack.action_index.shape
     return hidden_TD.index_select(0, pack.action_index.flatten()).view(num_views, num_actions, -1)
+
+
+def _layout(model: PreTrainedModel, pack: PackedViews) -> AttentionLayout:
+    return attention_layout(pack, getattr(model, "packed_attention_backend", "auto"))
 
 
 @torch.no_grad()
@@ -139,7 +145,7 @@ def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) 
         input_ids=pack.input_ids[None],
         position_ids=pack.position_ids[None],
         use_cache=False,
-        layout=attention_layout(pack),
+        layout=_layout(model, pack),
     ).logits[0]
     own_AV = own_TV.index_select(0, pack.action_index[-1]).float()
     scale = own_AV.abs().max().clamp(min=1.0)
