@@ -17,7 +17,6 @@ import textwrap
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from . import __version__
 from .config import Config, iter_options
@@ -28,12 +27,12 @@ from .launch import (
     count_processes,
     end_process,
     exec_on_hosts,
-    is_restarted,
     launched_rank,
     mention_idle_gpus,
     run_processes,
     wait_for_the_launcher,
 )
+from .run_directory import has_begun
 
 __all__ = ["main"]
 
@@ -86,6 +85,8 @@ def check_launch_options(arguments: argparse.Namespace) -> None:
         raise ValueError("--nproc and --hostfile: expected one of them; the hostfile says how many processes run")
     if arguments.max_restarts and not arguments.nproc:
         raise ValueError(f"--max-restarts={arguments.max_restarts}: goes with --nproc; torchrun has an option like it")
+    if arguments.hardware and not arguments.dry_run:
+        raise ValueError(f"--hardware={arguments.hardware}: goes with --dry-run; a run takes the hardware it finds")
     if (arguments.nproc or arguments.hostfile) and launched_rank() is not None:
         raise ValueError("--nproc and --hostfile start a launcher; leave them out, this process has one already")
 
@@ -95,7 +96,11 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from .dry_run import dry_run
 
-        print(dry_run(config, resume=arguments.resume))
+        world_size = count_processes(arguments.nproc, config) if arguments.nproc and not arguments.hardware else 1
+        found = dry_run(config, resume=arguments.resume, hardware=arguments.hardware, world_size=world_size)
+        print(found.text)
+        if found.problem is not None:
+            raise ValueError(found.problem)
         return
     if launched_rank() is None:
         mention_idle_gpus(config)
@@ -106,7 +111,7 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
     try:
-        train(config, resume=arguments.resume or is_restarted(Path(config.run_dir).expanduser()))
+        train(config, resume=arguments.resume)
     except RankFailed:
         time.sleep(ECHO_WAIT_S)  # the rank that failed says why, and the launcher ends this one
         raise
@@ -118,10 +123,9 @@ def launch(config: Config, arguments: argparse.Namespace, words: Sequence[str]) 
     resumed = ["--resume", *given]
     if arguments.hostfile:
         exec_on_hosts(resumed if arguments.resume else given, arguments.hostfile)
-    run_dir = Path(config.run_dir).expanduser()
 
     def words_of_attempt(restarted: bool) -> list[str]:
-        return resumed if arguments.resume or (restarted and (run_dir / "config.yaml").exists()) else given
+        return resumed if arguments.resume or (restarted and has_begun(config)) else given
 
     status = run_processes(
         words_of_attempt,
@@ -151,7 +155,7 @@ def fail(status: int, message: str, *, show_traceback: bool = False) -> int:
 
 
 def describe_interrupt(config: Config | None, words: Sequence[str]) -> str:
-    if config is None or "--dry-run" in words or not (Path(config.run_dir).expanduser() / "config.yaml").exists():
+    if config is None or "--dry-run" in words or not has_begun(config):
         return "interrupted before the run began"
     words = [*words] if "--resume" in words else [*words, "--resume"]
     command = PROGRAM if launched_rank() is None else "the same launcher and -m inverseq.cli"
@@ -171,8 +175,8 @@ def show_log_lines() -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=PROGRAM,
-        usage=f"{PROGRAM} --config RECIPE_OR_FILE [--resume] [--dry-run] [--nproc N | --hostfile FILE]\n"
-        f"{'':{len(f'usage: {PROGRAM} ')}}[section.key=value ...]",
+        usage=f"{PROGRAM} --config RECIPE_OR_FILE [--resume] [--dry-run [--hardware 8xA800]]\n"
+        f"{'':{len(f'usage: {PROGRAM} ')}}[--nproc N | --hostfile FILE] [section.key=value ...]",
         description="Train a chat model with Inverse-Q*: no preference pairs, no reward model, no value model.",
         epilog=describe_options(),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=HELP_WIDTH),
@@ -191,6 +195,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="resolve and check everything, print prompts, memory and the packs of an epoch, and start nothing",
+    )
+    parser.add_argument(
+        "--hardware",
+        default="",
+        metavar="8xA800",
+        help="with --dry-run: place the run on GPUs that need not be here, for example 1x80GB+256GB with host memory",
     )
     parser.add_argument(
         "--nproc", metavar="N", help="run in N processes of this machine, started by torchrun; auto is one per GPU"

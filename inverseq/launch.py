@@ -32,7 +32,6 @@ __all__ = [
     "count_processes",
     "end_process",
     "exec_on_hosts",
-    "is_restarted",
     "launched_rank",
     "mention_idle_gpus",
     "read_hosts",
@@ -81,11 +80,6 @@ def end_process(status: int, message: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def is_restarted(run_dir: Path) -> bool:
-    """Whether torchrun started this process anew after a failure, of a run that had begun."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and (run_dir / "config.yaml").exists()
 
 
 def _num_gpus(config: Config) -> int:

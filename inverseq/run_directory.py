@@ -15,7 +15,7 @@ from .atomic import atomic_file
 from .config import Config, ServerConfig
 from .config_loading import config_differences, load_config, to_yaml
 
-__all__ = ["check_run_directory", "write_run_config"]
+__all__ = ["check_run_directory", "has_begun", "write_run_config"]
 
 RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
 RESUMABLE_KEYS += tuple(f"sampling.server.{item.name}" for item in fields(ServerConfig) if item.name != "static")
@@ -45,6 +45,11 @@ def check_run_directory(config: Config, *, resume: bool) -> Path:
         raise ValueError(f"{where}: holds this run already; --resume continues it, or choose another run_dir")
     check_writable(run_dir, where)
     return run_dir
+
+
+def has_begun(config: Config) -> bool:
+    """Whether the run directory holds a run, of this configuration or another."""
+    return (Path(config.run_dir).expanduser() / "config.yaml").exists()
 
 
 def check_same_run(config: Config, run_dir: Path, where: str) -> None:

@@ -29,7 +29,7 @@ from .policy import Policy
 from .progress import Progress
 from .records import RenderedPrompt, Sample, ScoredSamples
 from .resolve import Resolved, resolve
-from .run_directory import write_run_config
+from .run_directory import has_begun, write_run_config
 from .sample_files import eval_path, held_out_path, read_samples, samples_path, write_evaluation, write_samples
 from .sampling import Sampler, make_sampler, sample_responses
 from .steps import plan_steps, step_sizes
@@ -84,11 +84,12 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """Train as configured and return the run directory, which then holds the exported model.
 
     Bad input raises ValueError before any model is loaded. With ``resume`` the run goes on behind its newest
-    complete checkpoint; an epoch that was cut short is replayed from its start.
+    complete checkpoint; an epoch that was cut short is replayed from its start. Processes that torchrun started again
+    resume a run that had begun.
     """
     ranks = init_ranks(config)
     with ranks.failing_together():
-        return train_ranks(config, ranks, resume=resume)
+        return train_ranks(config, ranks, resume=resume or (ranks.num_restarts > 0 and has_begun(config)))
 
 
 def train_ranks(config: Config, ranks: Ranks, *, resume: bool) -> Path:
