@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from .config import OptimConfig
-from .records import StepMetrics, TrainStep
+from .records import PackedViews, StepMetrics, TrainStep
 
-__all__ = ["Engine", "NonFiniteError", "TorchEngine", "learning_rate_factor"]
+__all__ = ["Engine", "NonFiniteError", "TorchEngine", "learning_rate_factor", "micro_batch_sums", "step_metrics"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -29,12 +31,23 @@ class Engine(Protocol):
 
     policy: nn.Module
     num_updates: int
+    device: torch.device
 
-    def train_step(self, step: TrainStep) -> StepMetrics: ...
+    def train_step(self, step: TrainStep) -> StepMetrics:
+        """One update. All ranks call it together."""
+        ...
 
-    def state_dict(self) -> dict: ...
+    def logprobs(self, pack: PackedViews) -> Tensor:
+        """log π_θ(y_t) of the pack's actions, [A] fp32 without a gradient. All ranks call it equally often."""
+        ...
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def full_model(self) -> PreTrainedModel:
+        """The policy's current weights as an ordinary model, on this rank's device. All ranks call it together."""
+        ...
+
+    def release_full_model(self) -> None:
+        """Free what ``full_model`` made beside the trained weights."""
+        ...
 
 
 def learning_rate_factor(update: int, total_updates: int, optim: OptimConfig) -> float:
@@ -47,6 +60,36 @@ def learning_rate_factor(update: int, total_updates: int, optim: OptimConfig) ->
     if optim.schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
+
+
+def micro_batch_sums(
+    loss: Tensor,  # scalar fp32
+    policy_logprobs: Tensor,  # [A] fp32
+    targets: Tensor,  # [A] fp32
+    plain_logprobs: Tensor,  # [A] fp32
+    loss_weights: Tensor,  # [A] fp32
+) -> Tensor:
+    """What a step's metrics are made of, summed over a micro-batch: float64 [5], to be added over all of the step."""
+    trained = loss_weights > 0
+    ratio = torch.where(trained, targets - policy_logprobs, 0.0)
+    kl = torch.where(trained, policy_logprobs - plain_logprobs, 0.0)
+    return torch.stack([loss.detach().double(), *(x.double().sum() for x in (trained, ratio, ratio**2, kl))])
+
+
+def step_metrics(sums: Sequence[float], *, grad_norm: float, learning_rate: float, started: float) -> StepMetrics:
+    """The metrics of a step from its ``micro_batch_sums`` over all ranks; ``started`` is of ``time.perf_counter``."""
+    loss, num_actions, ratio, squared_ratio, kl = sums
+    num_actions = max(num_actions, 1.0)
+    return StepMetrics(
+        loss=loss,
+        mean_log_ratio=ratio / num_actions,
+        rms_log_ratio=math.sqrt(squared_ratio / num_actions),
+        kl_to_plain=kl / num_actions,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        duration_s=time.perf_counter() - started,
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    )
 
 
 class TorchEngine:
@@ -84,22 +127,24 @@ class TorchEngine:
             sums += self._accumulate(*micro_batch, step.denominator)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._clip()
-        loss, num_actions, ratio, squared_ratio, kl, norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        *sums, norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
+        if not (math.isfinite(sums[0]) and math.isfinite(norm)):
             self.zero_grad()
-            raise NonFiniteError(f"optimizer step {self.num_updates + 1}: loss {loss}, gradient norm {norm}")
+            raise NonFiniteError(f"optimizer step {self.num_updates + 1}: loss {sums[0]}, gradient norm {norm}")
         self._update()
-        num_actions = max(num_actions, 1.0)
-        return StepMetrics(
-            loss=loss,
-            mean_log_ratio=ratio / num_actions,
-            rms_log_ratio=math.sqrt(squared_ratio / num_actions),
-            kl_to_plain=kl / num_actions,
-            grad_norm=norm,
-            learning_rate=learning_rate,
-            duration_s=time.perf_counter() - started,
-            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
-        )
+        return step_metrics(sums, grad_norm=norm, learning_rate=learning_rate, started=started)
+
+    @torch.no_grad()
+    def logprobs(self, pack: PackedViews) -> Tensor:
+        self.policy.eval()
+        return self.policy(pack.to(self.device))[1]
+
+    def full_model(self) -> PreTrainedModel:
+        """The trained model itself; see ``Engine.full_model``."""
+        return self.policy.model
+
+    def release_full_model(self) -> None:
+        """Nothing was made."""
 
     def _accumulate(self, pack, targets, plain_logprobs, loss_weights, denominator) -> Tensor:
         pack = pack.to(self.device)
@@ -109,10 +154,7 @@ class TorchEngine:
         loss, policy_logprobs = self.policy(pack, targets, loss_weights, denominator)
         loss.backward()
         self._gather_gradients()
-        trained = loss_weights > 0
-        ratio = torch.where(trained, targets - policy_logprobs, 0.0)
-        kl = torch.where(trained, policy_logprobs - plain_logprobs, 0.0)
-        return torch.stack([loss.detach().double(), *(x.double().sum() for x in (trained, ratio, ratio**2, kl))])
+        return micro_batch_sums(loss, policy_logprobs, targets, plain_logprobs, loss_weights)
 
     def _gather_gradients(self) -> None:
         """Add 16-bit gradients to the fp32 gradients of the master weights, where micro-batches are summed."""

@@ -29,12 +29,25 @@ class Policy(nn.Module):
     def forward(
         self,
         pack: PackedViews,
-        targets: Tensor,  # [A] fp32
-        loss_weights: Tensor,  # [A] fp32
-        denominator: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Σ weight (log π̂ − log π_θ)² / denominator over the pack (fp32 scalar), and log π_θ(y_t) [A] fp32 detached."""
+        targets: Tensor | None = None,  # [A] fp32
+        loss_weights: Tensor | None = None,  # [A] fp32
+        denominator: float = 1.0,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Σ weight (log π̂ − log π_θ)² / denominator over the pack (fp32 scalar), and log π_θ(y_t) [A] fp32.
+
+        Without targets the loss is None and the log-probabilities carry a gradient; with them they are detached. Both
+        stand here because an engine that shards weights gathers them for ``forward`` alone.
+        """
         hidden_AD, head = action_hidden(self.model, pack)[-1], head_of(self.model, self.num_valid_vocab)
+        common = {
+            "bias": head.bias,
+            "softcap": head.softcap,
+            "temperature": head.temperature,
+            "num_valid_vocab": head.num_valid_vocab,
+            **self.kernel_options,
+        }
+        if targets is None:
+            return None, linear_logprob(hidden_AD, head.weight, pack.token_ids, **common)
         return squared_log_ratio_loss(
             hidden_AD,
             head.weight,
@@ -42,23 +55,9 @@ class Policy(nn.Module):
             targets,
             denominator=denominator,
             loss_mask=loss_weights,
-            bias=head.bias,
-            softcap=head.softcap,
-            temperature=head.temperature,
-            num_valid_vocab=head.num_valid_vocab,
-            **self.kernel_options,
+            **common,
         )
 
     def logprobs(self, pack: PackedViews) -> Tensor:
         """log π_θ(y_t) of every action of the pack, [A] fp32."""
-        hidden_AD, head = action_hidden(self.model, pack)[-1], head_of(self.model, self.num_valid_vocab)
-        return linear_logprob(
-            hidden_AD,
-            head.weight,
-            pack.token_ids,
-            bias=head.bias,
-            softcap=head.softcap,
-            temperature=head.temperature,
-            num_valid_vocab=head.num_valid_vocab,
-            **self.kernel_options,
-        )
+        return self(pack)[1]
