@@ -1,43 +1,72 @@
 """``--dry-run``: what a run would do, checked as the run itself checks it, without loading weights or writing a file.
 
+With ``--hardware`` the placement and the memory table are those of GPUs that need not be there.
+
 The epoch it plans is synthetic in one respect: response lengths are drawn uniformly from 1 to
 ``sampling.max_new_tokens``, since only sampling can tell the real ones. Prompts are those of the first epoch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-import torch
 
 from .config import Config
 from .config_loading import to_yaml
-from .memory import PHASES, MemoryPart, available_bytes, estimate_memory, model_size, needed_bytes, peak_of_phases
-from .model import resolve_device, resolve_dtype
+from .memory import GIB, PHASES, Hardware, Job, MemoryPart, estimate_memory, needed_bytes
+from .model import resolve_device
 from .packing import plan_packs, view_lengths
+from .placement import Placement, job_of, local_hardware, parse_hardware, plan_placement, problem_of
 from .records import Response, Sample
 from .resolve import Resolved, resolve
 from .steps import step_sizes
 
-__all__ = ["dry_run", "synthetic_samples"]
-
-GIB = 2**30
+__all__ = ["DryRun", "dry_run", "synthetic_samples"]
 
 
-def dry_run(config: Config, *, resume: bool = False) -> str:
-    """Resolve and check a configuration and describe the run; ValueError where the run itself would raise one."""
-    resolved = resolve(config, resume=resume)
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a dry run found."""
+
+    text: str
+    problem: str | None  # why the run does not fit, and what to change
+
+
+def dry_run(config: Config, *, resume: bool = False, hardware: str = "", world_size: int = 1) -> DryRun:
+    """Resolve and check a configuration and describe the run; ValueError where the run itself would raise one.
+
+    The run is placed on ``world_size`` ranks of this machine, or on the GPUs that ``hardware`` names (``8xA800``).
+    """
+    if hardware:
+        machine, world_size = parse_hardware(hardware)
+        resolved = dataclasses.replace(resolve(without_device(config), resume=resume), config=config)
+    else:
+        resolved = resolve(config, resume=resume)
+        machine = local_hardware(resolve_device(config.model), ranks_per_host=world_size)
+    job = job_of(resolved, machine, world_size=world_size)
+    placement = plan_placement(job)
+    problem = problem_of(job, placement)
     blocks = [
         "Configuration\n" + indent(to_yaml(config)),
         "Models\n" + indent(describe_models(resolved)),
         "Prompts\n" + indent(describe_prompts(resolved)),
-        describe_memory(resolved),
-        describe_epoch(resolved),
+        f"Placement on {machine.name}, {world_size} rank{'s' * (world_size > 1)}\n"
+        + indent("\n".join(placement.reasons)),
+        describe_memory(job, placement, problem),
+        describe_epoch(resolved, world_size),
         "Nothing was started and nothing was written.",
     ]
-    return "\n\n".join(blocks)
+    return DryRun("\n\n".join(blocks), problem)
+
+
+def without_device(config: Config) -> Config:
+    """The configuration without what only the machine that trains must have."""
+    model = dataclasses.replace(config.model, device="auto")
+    return dataclasses.replace(config, model=model, engine=dataclasses.replace(config.engine, kernel_backend="auto"))
 
 
 def indent(text: str) -> str:
@@ -66,33 +95,26 @@ def describe_prompts(resolved: Resolved) -> str:
     return "\n".join(lines)
 
 
-def describe_memory(resolved: Resolved) -> str:
+def describe_memory(job: Job, placement: Placement, problem: str | None) -> str:
     """The memory table: GiB of each part in each phase, its formula, and what the device has."""
-    config = resolved.config
-    device = resolve_device(config.model)
-    weight_bytes = torch.empty(0, dtype=resolve_dtype(config.model, device)).element_size()
-    trust = config.model.trust_remote_code
-    policy = model_size(resolved.model_config, trust_remote_code=trust)
-    plain = None
-    if resolved.plain_model_config is not None:
-        plain = model_size(resolved.plain_model_config, trust_remote_code=trust)
-    parts = estimate_memory(
-        config,
-        policy,
-        plain,
-        weight_bytes=weight_bytes,
-        device_type=device.type,
-        longest_prompt=resolved.prompts.report.longest_tokens,
-    )
-    available, largest = available_bytes(device.type), needed_bytes(parts, device.type)
-    verdict = "fits" if largest < available else "DOES NOT FIT"
-    return "\n".join(
-        [
-            f"Memory (GiB, estimated for one {device.type} process; P = {policy.num_parameters:,}, b = {weight_bytes})",
-            indent(memory_table(parts)),
-            f"  {verdict}: {largest / GIB:.2f} of {available / GIB:.2f} GiB",
-        ]
-    )
+    parts, hardware, size = estimate_memory(job, placement), job.hardware, job.policy
+    where = "GPU" if hardware.device_type == "cuda" else "process"
+    letters = f"P = {size.num_parameters:,}, b = {job.weight_bytes}, N = {job.world_size}"
+    lines = [
+        f"Memory (GiB, estimated for each {where}; {letters})",
+        indent(memory_table([part for part in parts if not part.on_host])),
+    ]
+    if any(part.on_host for part in parts):
+        lines += ["In host memory (GiB, for each GPU)", indent(memory_table([part for part in parts if part.on_host]))]
+    needed = needed_bytes(parts, hardware.device_type) / GIB
+    numbers = f"{needed:.2f} of {describe_bytes(hardware)}"
+    return "\n".join([*lines, f"  fits: {numbers}" if problem is None else f"  DOES NOT FIT: {numbers}; {problem}"])
+
+
+def describe_bytes(hardware: Hardware) -> str:
+    if hardware.device_type == "cuda":
+        return f"{hardware.usable_bytes / GIB:.2f} GiB ({hardware.device_bytes / GIB:.2f} less 5 % and 2 GiB for CUDA)"
+    return f"{hardware.usable_bytes / GIB:.2f} GiB"
 
 
 def memory_table(parts: Sequence[MemoryPart]) -> str:
@@ -101,7 +123,7 @@ def memory_table(parts: Sequence[MemoryPart]) -> str:
     for part in parts:
         cells = [f"{part.num_bytes / GIB:10.2f}" if phase in part.phases else f"{'':10}" for phase in PHASES]
         rows.append(f"{part.name:28}{''.join(cells)}  {part.formula}")
-    totals = peak_of_phases(parts)
+    totals = {phase: sum(part.num_bytes for part in parts if phase in part.phases) for phase in PHASES}
     rows.append(f"{'total':28}" + "".join(f"{totals[phase] / GIB:10.2f}" for phase in PHASES))
     return "\n".join(rows)
 
@@ -120,7 +142,7 @@ def synthetic_samples(resolved: Resolved) -> list[Sample]:
     ]
 
 
-def describe_epoch(resolved: Resolved) -> str:
+def describe_epoch(resolved: Resolved, num_ranks: int = 1) -> str:
     """The packs of a synthetic epoch: scoring packs, then the training packs of every optimizer step."""
     config, samples = resolved.config, synthetic_samples(resolved)
     num_views = len(samples[0].rendered.prefix_ids)
@@ -128,22 +150,28 @@ def describe_epoch(resolved: Resolved) -> str:
         score_lengths = view_lengths(samples, tuple(range(num_views)))
     else:
         score_lengths = np.max([view_lengths(samples, (view,)) for view in range(num_views)], axis=0)
-    budget = config.packing.score_tokens
-    scoring = [int(score_lengths[indices].sum()) for indices in plan_packs(score_lengths, token_budget=budget).packs()]
+    budget, scoring = config.packing.score_tokens, []
+    for lengths in (score_lengths[rank::num_ranks] for rank in range(num_ranks)):  # a rank scores what it sampled
+        scoring += [int(lengths[indices].sum()) for indices in plan_packs(lengths, token_budget=budget).packs()]
     train_lengths = view_lengths(samples, (-1,))
     sizes = step_sizes(len(samples), config.optim.samples_per_step)
     budget = config.packing.train_tokens
-    plan = plan_packs(train_lengths, token_budget=budget, step_sizes=sizes)
-    steps = [[int(train_lengths[indices].sum()) for indices in plan.packs(step, 0)] for step in range(len(sizes))]
+    plan = plan_packs(train_lengths, token_budget=budget, step_sizes=sizes, num_ranks=num_ranks)
+    training = [
+        [int(train_lengths[indices].sum()) for rank in range(num_ranks) for indices in plan.packs(step, rank)]
+        for step in range(len(sizes))
+    ]
     mean_length = np.mean([sample.num_actions for sample in samples])
+    packs = "packs per step" if num_ranks == 1 else f"packs per step on each of {num_ranks} ranks"
+    counts = [plan.num_micro_steps(step) for step in range(len(sizes))]
     return "\n".join(
         [
             f"A synthetic epoch ({len(samples)} samples; assumed responses of 1 to {config.sampling.max_new_tokens} "
             f"tokens, {mean_length:.0f} in the mean)",
             "  " + describe_packs("scoring", scoring, config.packing.score_tokens),
-            "  " + describe_packs("training", [pack for packs in steps for pack in packs], budget),
-            f"  optimizer steps: {len(steps)} an epoch, {len(steps) * config.epochs} in {config.epochs} epochs; "
-            f"packs per step: {describe_runs([len(packs) for packs in steps])}",
+            "  " + describe_packs("training", [pack for packs in training for pack in packs], budget),
+            f"  optimizer steps: {len(sizes)} an epoch, {len(sizes) * config.epochs} in {config.epochs} epochs; "
+            f"{packs}: {describe_runs(counts)}",
         ]
     )
 

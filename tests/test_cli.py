@@ -117,6 +117,20 @@ def test_a_dry_run_prints_its_plan_and_ends_with_status_0(capsys, tmp_path, mode
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_that_does_not_fit_prints_its_plan_and_ends_with_status_2(capsys, tmp_path, model_path):
+    words = ["--config", "demo", "--dry-run", f"model.path={model_path}", f"run_dir={tmp_path / 'run'}"]
+    assert main([*words, "--hardware", "8xA800"]) == 0
+    assert "Placement on 8xA800, 8 ranks" in capsys.readouterr().out
+    assert main([*words, "--hardware", "8xA800", "engine.workspace_mib=1000000"]) == 2
+    out, err = capsys.readouterr()
+    assert "A synthetic epoch" in out and "DOES NOT FIT" in out
+    assert err.splitlines()[-1].startswith("inverseq-train: error: the estimate does not fit")
+    assert error_line(capsys, *words, "--hardware", "8xT4").startswith("inverseq-train: error: --hardware '8xT4'")
+    assert "goes with --dry-run" in error_line(
+        capsys, *[word for word in words if word != "--dry-run"], "--hardware", "1x80GB"
+    )
+
+
 def environment():
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 

@@ -27,7 +27,7 @@ def config_for(tmp_path, models, *overrides):
 
 
 def test_it_reports_and_plans_without_weights_and_writes_nothing(models, tmp_path):
-    text = dry_run(config_for(tmp_path, models))
+    text = dry_run(config_for(tmp_path, models)).text
     for expected in ("alpha: 1.4", "127 prompts from 127 rows", "16 held out", "better view", "AdamW moments", "fits"):
         assert expected in text
     assert "Nothing was started" in text
@@ -37,7 +37,7 @@ def test_it_reports_and_plans_without_weights_and_writes_nothing(models, tmp_pat
 
 def test_the_planned_epoch_counts_every_token_of_the_first_epochs_prompts(models, tmp_path):
     config = config_for(tmp_path, models, "sampling.samples_per_epoch=21", "packing.train_tokens=700")
-    text, resolved = dry_run(config), resolve(config)
+    text, resolved = dry_run(config).text, resolve(config)
     samples = synthetic_samples(resolved)
     first_epoch = resolve(config).prompts.next(21)
     assert [sample.rendered.prompt.id for sample in samples] == [item.prompt.id for item in first_epoch]
@@ -71,15 +71,30 @@ def test_planning_leaves_the_prompt_stream_where_it_was(models, tmp_path):
 
 def test_the_model_contrast_is_planned_with_both_models(models, tmp_path):
     contrast = ("contrast.kind=model", f"contrast.plain_model={models / 'sft'}", "contrast.principle=")
-    text = dry_run(config_for(tmp_path, models, *contrast, "evaluation.every=2"))
+    text = dry_run(config_for(tmp_path, models, *contrast, "evaluation.every=2")).text
     assert f"plain model: {models / 'sft'}" in text and "frozen plain model" in text
     assert "only view" in text and "test prompts: 16" in text
     scoring, training = (re.search(rf"{name}: \d+ packs, ([\d,]+) tokens", text)[1] for name in ("scoring", "training"))
     assert scoring == training  # one view, read by both models
 
 
-def test_what_does_not_fit_says_so(models, tmp_path):
-    assert "DOES NOT FIT" in dry_run(config_for(tmp_path, models, "engine.workspace_mib=100000000"))
+def test_what_does_not_fit_says_so_and_what_to_change(models, tmp_path):
+    found = dry_run(config_for(tmp_path, models, "engine.workspace_mib=100000000"))
+    assert "DOES NOT FIT" in found.text and found.problem in found.text
+    assert "the estimate does not fit" in found.problem
+    assert dry_run(config_for(tmp_path, models)).problem is None
+
+
+def test_a_run_is_placed_on_gpus_that_are_not_there(models, tmp_path):
+    overrides = ("model.device=cuda", "engine.kernel_backend=triton", "sampling.samples_per_epoch=21")
+    text = dry_run(config_for(tmp_path, models, *overrides), hardware="8xA800").text
+    assert "device: cuda" in text and "Placement on 8xA800, 8 ranks" in text
+    assert re.search(r"estimated for each GPU; P = [\d,]+, b = 2, N = 8", text)
+    assert re.search(r"packs per step on each of 8 ranks: 1 × 3$", text, flags=re.MULTILINE)
+    samples = int(re.search(r"scoring: (\d+) packs", text)[1])
+    assert samples == 8  # each rank scores what it sampled
+    offloaded = dry_run(config_for(tmp_path, models, "engine.offload_optimizer=cpu"), hardware="1x80GB").text
+    assert re.search(r"In host memory .*\n.*sample.*\n +fp32 master weights", offloaded)
 
 
 def test_bad_input_is_refused_as_by_the_run_itself(models, tmp_path):

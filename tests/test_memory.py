@@ -8,9 +8,13 @@ from inverseq.attention import ATTENTION_NAME, attention_layout
 from inverseq.config_loading import load_config
 from inverseq.memory import (
     PHASES,
+    Hardware,
+    Job,
+    Placement,
     activation_bytes_per_token,
     available_bytes,
     estimate_memory,
+    host_bytes_of,
     model_size,
     needed_bytes,
     peak_of_phases,
@@ -27,10 +31,16 @@ def sizes_of(parts):
     return {part.name: part.num_bytes for part in parts}
 
 
-def estimate(config, policy, plain=None, weight_bytes=2, device_type="cuda"):
-    return estimate_memory(
-        config, policy, plain, weight_bytes=weight_bytes, device_type=device_type, longest_prompt=1000
-    )
+WHOLE = Placement(0, False, False, "replicated", gradient_checkpointing=True)
+
+
+def hardware_of(device_type, **options):
+    return Hardware("test", device_type, device_bytes=2**60, host_bytes=None, **options)
+
+
+def estimate(config, policy, plain=None, weight_bytes=2, device_type="cuda", placement=WHOLE, world_size=1):
+    job = Job(config, policy, plain, weight_bytes, 1000, hardware_of(device_type), world_size)
+    return estimate_memory(job, placement)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -122,6 +132,65 @@ def test_a_replayed_run_has_no_cache_and_a_set_workspace_is_taken():
     found = sizes_of(estimate(config, model_size(LLAMA_7B)))
     assert "keys and values, sampling" not in found
     assert found["workspace of the operations"] == 64 * 2**20
+
+
+def test_zero_divides_what_its_stage_says_among_the_ranks():
+    """The shares of the ZeRO paper, table 1: 16-bit weights, fp32 masters and moments, and fp32 gradients."""
+    config, policy, n = load_config("vicuna-7b"), model_size(LLAMA_7B), 8
+    count = policy.num_parameters
+    whole, divided = 1, n
+    shares = {1: (whole, divided, whole), 2: (whole, divided, divided), 3: (divided, divided, divided)}
+    for stage, (weights, optimizer, gradients) in shares.items():
+        placement = Placement(stage, False, False, "replicated", True)
+        found = sizes_of(estimate(config, policy, placement=placement, world_size=n))
+        assert found["policy weights"] == pytest.approx(2 * count / weights, rel=1e-6)
+        assert found["fp32 master weights"] == pytest.approx(4 * count / optimizer, rel=1e-6)
+        assert found["AdamW moments"] == pytest.approx(8 * count / optimizer, rel=1e-6)
+        assert found["gradients"] == pytest.approx(4 * count / gradients, rel=1e-6)
+        assert ("micro-batch gradients" in found) == (stage < 2)
+        assert ("gathered layers" in found) == ("sampler's copy of the policy" in found) == (stage == 3)
+        assert found["frozen model"] == 2 * count
+    fp32 = sizes_of(estimate(config, policy, weight_bytes=4, placement=placement, world_size=n, device_type="cpu"))
+    assert fp32["fp32 master weights"] == pytest.approx(4 * count / n, rel=1e-6)  # apart from the weights
+
+
+def test_frozen_models_are_whole_divided_or_on_the_gpu_for_scoring_only():
+    config, size = load_config("zephyr-7b-beta"), model_size(LLAMA_7B)
+
+    def parts(frozen, **options):
+        return estimate(config, size, size, placement=Placement(2, False, False, frozen, True), world_size=8, **options)
+
+    whole, divided, away = (peak_of_phases(parts(frozen)) for frozen in ("replicated", "sharded", "host"))
+    both = 2 * 2 * size.num_parameters
+    assert whole["train"] - divided["train"] == pytest.approx(both * 7 / 8, abs=8)
+    assert whole["train"] - away["train"] == both and whole["score"] == away["score"]
+    assert host_bytes_of(parts("host")) == both and host_bytes_of(parts("replicated")) == 0
+    assert host_bytes_of(parts("host", device_type="cpu")) == 0  # a CPU's memory is the host's
+
+
+def test_offload_moves_the_optimizer_and_then_the_weights_to_the_host():
+    config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
+    count = size.num_parameters
+    optimizer = estimate(config, size, placement=Placement(2, True, False, "replicated", True))
+    assert host_bytes_of(optimizer) == (4 + 8 + 4) * count
+    assert "policy weights" in sizes_of([part for part in optimizer if not part.on_host])
+    everything = estimate(config, size, placement=Placement(3, True, True, "replicated", True))
+    assert host_bytes_of(everything) == (2 + 4 + 8 + 4) * count
+    on_cpu = estimate(config, size, placement=Placement(3, True, True, "replicated", True), device_type="cpu")
+    assert host_bytes_of(on_cpu) == 0
+
+
+def test_on_a_gpu_the_samplers_cache_takes_what_is_free():
+    config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
+    hardware = Hardware("test", "cuda", device_bytes=160 * GIB, host_bytes=None)
+    job = Job(config, size, None, 2, 1000, hardware)
+    found = peak_of_phases(estimate_memory(job, WHOLE))
+    assert found["sample"] == hardware.usable_bytes == int(160 * GIB * 0.95) - 2 * GIB
+
+
+def test_the_ranks_of_a_host_share_a_cpus_memory_and_have_a_gpu_each():
+    assert Hardware("c", "cpu", 64 * GIB, 64 * GIB, ranks_per_host=4).usable_bytes == 16 * GIB
+    assert Hardware("g", "cuda", 64 * GIB, 64 * GIB, ranks_per_host=4).rank_bytes == 64 * GIB
 
 
 def test_the_machines_memory_is_known():
