@@ -7,6 +7,7 @@ carries everything an operation of ``inverseq_kernels`` needs to turn them into 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,10 @@ class FrozenPair(nn.Module):
         super().__init__()
         self.better = better.requires_grad_(False).eval()
         self.plain = plain.requires_grad_(False).eval()
+
+    def forward(self, function: Callable, *args):
+        """``function(self, *args)``: an engine that shards weights gathers them inside ``forward`` and nowhere else."""
+        return function(self, *args)
 
     @property
     def shares_weights(self) -> bool:

@@ -223,10 +223,13 @@ def pack_views(
     token_budget: int,
     share_prefix: bool = False,
     num_valid_vocab: int | None = None,
+    num_ranks: int = 1,
+    rank: int = 0,
 ) -> list[PackedViews]:
-    """All samples in packs of at most ``token_budget`` tokens, for one rank without steps (scoring).
+    """A rank's packs of at most ``token_budget`` tokens, without steps (scoring).
 
-    A prefix that all samples share is counted once a pack when it is emitted once.
+    All ranks give all samples; each gets equally many packs, the last ones possibly dummies. A prefix that all samples
+    share is counted once a pack when it is emitted once.
     """
     flat = _flat(samples)
     lengths = view_lengths(flat, views)
@@ -238,10 +241,10 @@ def pack_views(
                 flat.views(views), flat.prompts, flat.responses, rows=everything, num_valid_vocab=ANY_TOKEN_ID
             )
         )
-    plan = plan_packs(lengths, token_budget=token_budget, shared_tokens=shared_tokens)
+    plan = plan_packs(lengths, token_budget=token_budget, shared_tokens=shared_tokens, num_ranks=num_ranks)
     return [
         write_pack(flat, indices, views, share_prefix=share_prefix, num_valid_vocab=num_valid_vocab)
-        for indices in plan.packs()
+        for indices in plan.packs(0, rank)
     ]
 
 

@@ -8,6 +8,7 @@ number per action token and stay on the host until their optimizer step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from inverseq_kernels import contrastive_logprob
 from torch import Tensor
 
 from .config import Config
+from .distributed import Ranks
 from .model import FrozenPair, action_hidden, head_of
 from .packing import FlatSamples, pack_views, plan_packs, view_lengths, write_pack
 from .records import PackedViews, Sample, ScoredSamples
@@ -29,71 +31,94 @@ def score_targets(
     config: Config,
     *,
     num_valid_vocab: int,
+    ranks: Ranks | None = None,
     advance: Callable[[int], None] = lambda num_samples: None,
 ) -> ScoredSamples:
     """Score every action of the samples: log π̂(y_t) and log π_l(y_t), fp32 [A] on the host, in sample order.
 
-    ``advance`` is called with the number of samples a pack held after each pack.
+    All ranks give all samples and get all targets; each scores some packs, equally many. ``advance`` is called with the
+    number of samples a pack held after each pack.
     """
+    ranks = ranks or Ranks()
     offsets = np.zeros(len(samples) + 1, dtype=np.int64)
     np.cumsum([sample.num_actions for sample in samples], out=offsets[1:])
     targets_A = torch.full((int(offsets[-1]),), float("nan"))
     plain_A = torch.full((int(offsets[-1]),), float("nan"))
-    score = _score_shared if frozen.shares_weights else _score_separate
-    with torch.inference_mode():
-        for rows, sample_count, pack_targets, pack_plain in score(frozen, samples, offsets, config, num_valid_vocab):
-            targets_A[rows] = pack_targets.cpu()
-            plain_A[rows] = pack_plain.cpu()
-            advance(sample_count)
+    plan, contrast = (_packs_together, _contrast_views) if frozen.shares_weights else (_packs_apart, _contrast_models)
+    device = next(frozen.parameters()).device
+    scored = []
+    # Weights that are gathered for one forward cannot be inference tensors.
+    with torch.inference_mode() if type(frozen) is FrozenPair else torch.no_grad():
+        for packs in plan(samples, config, num_valid_vocab, ranks):
+            moved = [pack.to(device) for pack in packs]
+            pack_targets, pack_plain = frozen(contrast, moved, config, num_valid_vocab)
+            if not packs[-1].is_dummy:
+                scored.append((packs[-1].action_rows(offsets), pack_targets.cpu(), pack_plain.cpu()))
+                advance(len(packs[-1].sample_index.unique()))
+    for rows, pack_targets, pack_plain in itertools.chain(*ranks.gather(scored)):
+        targets_A[rows] = pack_targets
+        plain_A[rows] = pack_plain
     if torch.isnan(plain_A).any() or torch.isnan(targets_A).any():
         raise ArithmeticError("a frozen model gave log-probabilities that are not numbers")
     return ScoredSamples(samples, targets_A, plain_A, offsets)
 
 
-def _score_shared(frozen, samples, offsets, config: Config, num_valid_vocab: int) -> Iterator:
-    device = next(frozen.parameters()).device
+def _packs_together(samples, config: Config, num_valid_vocab: int, ranks: Ranks) -> Iterator[tuple[PackedViews, ...]]:
+    """A rank's packs that hold all views of their samples."""
     num_views = len(samples[0].rendered.prefix_ids) if samples else 1
-    packs = pack_views(
+    for pack in pack_views(
         samples,
         tuple(range(num_views)),
         token_budget=config.packing.score_tokens,
         share_prefix=config.packing.share_prefix,
         num_valid_vocab=num_valid_vocab,
-    )
-    for pack in packs:
-        hidden_VAD = action_hidden(frozen.plain, pack.to(device))
-        yield _contrast(frozen, hidden_VAD[0], hidden_VAD[-1], pack, offsets, config, num_valid_vocab)
+        num_ranks=ranks.world_size,
+        rank=ranks.rank,
+    ):
+        yield (pack,)
 
 
-def _score_separate(frozen, samples, offsets, config: Config, num_valid_vocab: int) -> Iterator:
-    device = next(frozen.parameters()).device
+def _packs_apart(samples, config: Config, num_valid_vocab: int, ranks: Ranks) -> Iterator[tuple[PackedViews, ...]]:
+    """A rank's pairs of packs of the same samples, one for each model."""
     num_views = len(samples[0].rendered.prefix_ids) if samples else 1
     lengths = np.max([view_lengths(samples, (view,)) for view in range(num_views)], axis=0)
-    plan = plan_packs(lengths, token_budget=config.packing.score_tokens)
+    plan = plan_packs(lengths, token_budget=config.packing.score_tokens, num_ranks=ranks.world_size)
     flat, share_prefix = FlatSamples.of(samples), config.packing.share_prefix
-    for indices in plan.packs():
-        better_pack, plain_pack = (
+    for indices in plan.packs(0, ranks.rank):
+        yield tuple(
             write_pack(flat, indices, (view,), share_prefix=share_prefix, num_valid_vocab=num_valid_vocab)
             for view in (0, num_views - 1)
         )
-        hidden_w = action_hidden(frozen.better, better_pack.to(device))[0]
-        hidden_l = action_hidden(frozen.plain, plain_pack.to(device))[0]
-        yield _contrast(frozen, hidden_w, hidden_l, plain_pack, offsets, config, num_valid_vocab)
 
 
-def _contrast(frozen, hidden_w: Tensor, hidden_l: Tensor, pack: PackedViews, offsets, config: Config, num_valid_vocab):
+def _contrast_views(frozen: FrozenPair, packs, config: Config, num_valid_vocab: int) -> tuple[Tensor, Tensor]:
+    """Targets and log π_l of a pack that holds both views, for one model: one forward serves both."""
+    hidden_VAD = action_hidden(frozen.plain, packs[0])
+    return _contrast(frozen, hidden_VAD[0], hidden_VAD[-1], packs[0].token_ids, config, num_valid_vocab)
+
+
+def _contrast_models(frozen: FrozenPair, packs, config: Config, num_valid_vocab: int) -> tuple[Tensor, Tensor]:
+    """Targets and log π_l of two packs of the same samples, for two models."""
+    hidden_w = action_hidden(frozen.better, packs[0])[0]
+    hidden_l = action_hidden(frozen.plain, packs[1])[0]
+    return _contrast(frozen, hidden_w, hidden_l, packs[1].token_ids, config, num_valid_vocab)
+
+
+def _contrast(
+    frozen: FrozenPair, hidden_w: Tensor, hidden_l: Tensor, token_ids: Tensor, config: Config, num_valid_vocab: int
+) -> tuple[Tensor, Tensor]:
     head_w, head_l = head_of(frozen.better, num_valid_vocab), head_of(frozen.plain, num_valid_vocab)
     if (head_w.softcap, head_w.temperature) != (head_l.softcap, head_l.temperature):
         raise ValueError(
             f"contrast.plain_model: the models shape their logits differently: softcap and temperature are "
             f"{(head_w.softcap, head_w.temperature)} and {(head_l.softcap, head_l.temperature)}"
         )
-    targets, plain = contrastive_logprob(
+    return contrastive_logprob(
         hidden_w,
         head_w.weight,
         hidden_l,
         head_l.weight,
-        pack.token_ids.to(hidden_l.device),
+        token_ids,
         config.contrast.alpha,
         bias_w=head_w.bias,
         bias_l=head_l.bias,
@@ -103,5 +128,3 @@ def _contrast(frozen, hidden_w: Tensor, hidden_l: Tensor, pack: PackedViews, off
         return_reference=True,
         **config.engine.kernel_options(),
     )
-    return pack.action_rows(offsets), len(pack.sample_index.unique()), targets, plain
-
