@@ -54,12 +54,15 @@ class ModelConfig:
     attention: str = option(
         "auto", "packed attention: flash_attn, varlen, flex, sdpa; auto is sdpa on a CPU, on CUDA the first that serves"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: str | bool = option(
+        "auto", "recompute activations in the backward pass: true, false; auto when the memory estimate asks for it"
+    )
     trust_remote_code: bool = option(False, "run model code from the model's repository")
 
     def __post_init__(self):
         one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         one_of("model.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("model.gradient_checkpointing", str(self.gradient_checkpointing).lower(), ("auto", "true", "false"))
         one_of("model.attention", self.attention, ("auto", "flash_attn", "varlen", "flex", "sdpa"))
 
 

@@ -19,7 +19,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from .records import Message, Prompt, RenderedPrompt
 
-__all__ = ["PromptStream", "ReadReport", "Renderer", "StreamReport", "load_prompts"]
+__all__ = ["PromptStream", "ReadReport", "Renderer", "StreamReport", "load_prompts", "repeat_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -354,6 +354,22 @@ class PromptStream:
         if not self.shuffle:
             return np.arange(len(self.training))
         return np.random.default_rng([self.seed, ORDER_PURPOSE, self._pass_index]).permutation(len(self.training))
+
+
+def repeat_prompts(prompts: Sequence[RenderedPrompt], times: int) -> list[RenderedPrompt]:
+    """Each prompt ``times`` times in a row, for as many responses; the copy k ≥ 1 of a prompt has the id ``ID#k``.
+
+    A prompt that stands in ``prompts`` again is numbered on, so the ids of the result are distinct.
+    """
+    seen: Counter[str] = Counter()
+    copies = []
+    for item in prompts:
+        for _ in range(times):
+            number = seen[item.prompt.id]
+            seen[item.prompt.id] += 1
+            name = f"{item.prompt.id}#{number}" if number else item.prompt.id
+            copies.append(replace(item, prompt=replace(item.prompt, id=name)))
+    return copies
 
 
 def _fingerprint(

@@ -1,8 +1,12 @@
 """Sampling by transformers' continuous batching, on the policy's own weights: nothing is copied or synchronised.
 
-A finished sequence makes room for the next prompt at once, so no step is spent on padding. The engine's thread draws
-every token from one torch generator: responses depend on the seed, the weights and the list of prompts, and are
-bitwise equal for equal ones. Left out: seeds of single prompts, several responses a prompt, more than one process.
+A finished sequence makes room for the next prompt at once, so no step is spent on padding. Prompts that are equal are
+read once and the cache is forked; a page of the cache that a prompt shares with an earlier one is read again only where
+it has left the cache.
+
+By default the engine's thread draws every token from one torch generator: responses depend on the seed, the weights and
+the list of prompts, and are bitwise equal for equal ones. With ``sampling.per_prompt_seeds`` a response depends on its
+own prompt only (see ``inverseq.sampling_noise``).
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from .config import SamplingConfig
 from .records import RenderedPrompt, Response
+from .sampling_attention import PAGED_ATTENTION_NAME, paged_attention_is_supported
+from .sampling_noise import gumbel_noise, prompt_keys
 
 __all__ = ["TransformersSampler", "stop_token_ids"]
 
@@ -87,51 +93,63 @@ class TransformersSampler:
         """
         if not prompts:
             return
-        prompt_ids = [prompt.policy_ids.tolist() for prompt in prompts]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), engine_mode(self.model, self.num_valid_vocab):
-            manager = self.model.init_continuous_batching(
-                generation_config=self.generation_config(),
-                continuous_batching_config=self.batching_config([len(ids) for ids in prompt_ids], seed),
-            )
-            waiting: dict[str, int] = {}
+            manager, waiting = self.submit(prompts, seed)
             try:
-                # Long prompts first, and all before the thread starts: what stands together in a batch must not depend
-                # on how fast two threads run.
-                for index in sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index])):
-                    request_id = manager.add_request(prompt_ids[index], max_new_tokens=self.config.max_new_tokens)
-                    if request_id is None:
-                        raise RuntimeError("transformers' continuous batching refused a prompt")
-                    waiting[request_id] = index
                 manager.start()
                 while waiting:
                     output = next_output(manager)
-                    index = waiting.pop(output.request_id)
-                    yield index, self.response(output, seed)
+                    yield waiting.pop(output.request_id), self.response(output, seed)
             finally:
                 stop(manager, waiting)
+
+    def submit(self, prompts: Sequence[RenderedPrompt], seed: int):
+        """An engine that has all prompts and is not running yet, and the prompt's index of every request's name.
+
+        Long prompts first: a step that reads a long prompt holds up the decoding of the others, and a response that
+        starts late is alone at the end. All before the thread starts: what stands together in a batch must not depend
+        on how fast two threads run.
+        """
+        groups = equal_prompts(prompts, self.config.batch_size)
+        manager = self.model.init_continuous_batching(
+            generation_config=self.generation_config(),
+            continuous_batching_config=self.batching_config(
+                [len(prompt.policy_ids) for prompt in prompts], seed, num_forks=max(map(len, groups)) - 1
+            ),
+        )
+        use_paged_attention(self.model)
+        waiting: dict[str, int] = {}
+        for first, *others in sorted(groups, key=lambda group: -len(prompts[group[0]].policy_ids)):
+            manager.num_return_sequences = 1 + len(others)
+            name = manager.add_request(
+                prompts[first].policy_ids.tolist(), request_id=str(first), max_new_tokens=self.config.max_new_tokens
+            )
+            if name is None:
+                raise RuntimeError("transformers' continuous batching refused a prompt")
+            waiting[name] = first
+            waiting.update((f"{name}__child#{i}", index) for i, index in enumerate(others))
+        if self.config.per_prompt_seeds:
+            use_prompt_noise(manager, prompts, waiting, seed)
+        return manager, waiting
 
     def close(self) -> None:
         """Nothing is held between two calls of ``generate``."""
 
     def generation_config(self) -> GenerationConfig:
         """Untempered sampling. The model's generation_config.json is not read, whatever it says."""
-        return GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=self.config.max_new_tokens,
-            eos_token_id=list(self.stop_ids),
-        )
+        limits = {"max_new_tokens": self.config.max_new_tokens, "eos_token_id": list(self.stop_ids)}
+        if self.config.per_prompt_seeds:
+            return GenerationConfig(do_sample=False, **limits)  # the largest sum of logit and noise is the draw
+        return GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **limits)
 
-    def batching_config(self, prompt_lengths: list[int], seed: int) -> ContinuousBatchingConfig:
+    def batching_config(self, prompt_lengths: list[int], seed: int, *, num_forks: int = 0) -> ContinuousBatchingConfig:
         """Cache and batch sizes for these prompts. The engine's own defaults take most of the memory (and time)."""
         on_cuda = self.model.device.type == "cuda"
         page = CUDA_PAGE_TOKENS if on_cuda else CPU_PAGE_TOKENS
         batch_size = min(self.config.batch_size, len(prompt_lengths))
         pages = [-(-(length + self.config.max_new_tokens) // page) for length in prompt_lengths]
-        num_blocks: int | None = sum(sorted(pages)[-batch_size:])
+        num_blocks: int | None = sum(sorted(pages)[-(batch_size + num_forks) :])  # a forked prompt may overshoot
         if on_cuda and num_blocks * page * cache_bytes_per_token(self.model) > free_cuda_bytes() * CUDA_CACHE_FRACTION:
             num_blocks = None  # as many as fit; the engine queues what does not
         known = {item.name for item in fields(ContinuousBatchingConfig)}
@@ -142,10 +160,12 @@ class TransformersSampler:
             "max_requests_per_batch": batch_size,
             "max_memory_percent": CUDA_CACHE_FRACTION if on_cuda else None,
             "safety_margin": None if num_blocks is None else 0.0,  # the cache holds a full batch: keep nothing back
-            "allow_block_sharing": False,
+            "allow_block_sharing": True,
             "auto_switch_to_flash": False,  # engine_mode has chosen
-            "seed": seed,
+            "seed": seed - data_parallel_rank(),  # the engine adds the rank: the seed is the one that is recorded
         }
+        if self.config.per_prompt_seeds:  # noise is made on the host at every step: no captured graph, no step ahead
+            options |= {"use_cuda_graph": False, "use_async_batching": False}
         # Releases before 5.17 lack some of these; there the cache's size alone bounds the batch.
         return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
 
@@ -191,6 +211,73 @@ def engine_mode(model: PreTrainedModel, num_valid_vocab: int) -> Iterator[None]:
         model.set_attn_implementation(attention)
         for module, was_training in training.items():
             module.training = was_training
+
+
+def equal_prompts(prompts: Sequence[RenderedPrompt], limit: int) -> list[list[int]]:
+    """Indices of prompts, those with equal tokens together, at most ``limit`` of them: each group is read once.
+
+    Every copy reads the prompt's last token itself, so a prompt of one token has nothing to share.
+    """
+    equal: dict[bytes, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        equal.setdefault(prompt.policy_ids.tobytes(), []).append(index)
+    groups = []
+    for indices in equal.values():
+        size = limit if len(prompts[indices[0]].policy_ids) > 1 else 1
+        groups += [indices[start : start + size] for start in range(0, len(indices), size)]
+    return groups
+
+
+def data_parallel_rank() -> int:
+    """The rank that continuous batching adds to its seed: that of the process, where there are several."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def use_paged_attention(model: PreTrainedModel) -> None:
+    """Replace sdpa, which masks a product over the whole batch, by attention of each sequence to itself.
+
+    After the engine was made, which knows sdpa and FlashAttention by name only; ``engine_mode`` undoes it.
+    """
+    sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
+    on_device = model.device.type != "cuda" or sixteen_bits  # var-len kernels are for 16 bits
+    if model.config._attn_implementation == "sdpa" and on_device and paged_attention_is_supported():
+        model.set_attn_implementation(PAGED_ATTENTION_NAME)
+
+
+def use_prompt_noise(manager, prompts: Sequence[RenderedPrompt], names: dict[str, int], seed: int) -> None:
+    """Make the engine add each prompt's own noise to its logits. Raises RuntimeError where transformers is too old."""
+    try:
+        from transformers.generation.continuous_batching import cb_logits_processors as base
+    except ImportError as error:
+        raise RuntimeError("sampling.per_prompt_seeds needs a newer transformers (5.23 does)") from error
+    keys = prompt_keys(prompts, seed)
+
+    class PromptNoise(base.ContinuousBatchingLogitsProcessor):
+        """Adds Gumbel noise; one call prepares the rows of the step that the next call computes."""
+
+        supported_kwargs: dict[str, type] = {}
+        ignored_kwargs = ()
+
+        def fill_defaults(self, int32_tensor):
+            int32_tensor.zero_()
+
+        def prepare_tensor_args(self, requests_with_new_token):
+            self.rows = []
+            for request in requests_with_new_token:
+                index = names_of_all[request.state.request_id]
+                position = request.state.position_offset - len(prompts[index].policy_ids)
+                self.rows.append((keys[index], position))
+            return torch.zeros(len(self.rows), dtype=torch.int32)
+
+        def __call__(self, scores, tensor_arg):
+            drawn = len(self.rows)  # rows behind these are of prompts that are not read to the end, and not used
+            noise = gumbel_noise(self.rows, scores.shape[-1]).to(scores.device)
+            return torch.cat([scores[:drawn] + noise, scores[drawn:]])
+
+    names_of_all = dict(names)  # the caller takes out what is finished
+    manager.logit_processor = base.ContinuousBatchingLogitsProcessorList([PromptNoise()])
+    manager.logit_processor.tensors_required = 1
 
 
 def next_output(manager):

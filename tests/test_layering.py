@@ -20,7 +20,8 @@ COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_lo
 COMPOSING |= {"__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
-    {"sampling", "sampling_transformers", "sampling_replay", "sample_files"},
+    {"sampling", "sampling_transformers", "sampling_replay", "sample_files", "freshness"}
+    | {"sampling_server", "sampling_server_client", "sampling_server_protocol", "sampling_server_weights"},
     {"metrics", "progress"},
 ]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
