@@ -208,7 +208,8 @@ def check_hosts(hosts: Sequence[str], hostfile: str) -> None:
             said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))[1].strip()
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
+            process.stderr.close()  # unread: a proxy that ssh started may still hold the other end
             said = "no answer"
         if process.returncode:
             failures.append(f"{host} ({said.splitlines()[-1] if said else f'ssh ended with {process.returncode}'})")
