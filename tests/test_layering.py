@@ -21,6 +21,8 @@ COMPOSING |= {"__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
     {"sampling", "sampling_transformers", "sampling_replay", "sample_files", "freshness"}
+    | {"sampling_attention", "sampling_noise", "sampling_lmdeploy", "sampling_lmdeploy_pipeline"}
+    | {"sampling_lmdeploy_server", "sampling_lmdeploy_client", "sampling_lmdeploy_weights"}
     | {"sampling_server", "sampling_server_client", "sampling_server_protocol", "sampling_server_weights"},
     {"metrics", "progress"},
 ]
