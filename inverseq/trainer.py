@@ -22,9 +22,11 @@ from .config import Config
 from .distributed import Ranks, init_ranks
 from .engine import Engine, NonFiniteError, TorchEngine
 from .export import export_model
+from .memory_peaks import PeakMemory
 from .metrics import MetricsLog
-from .model import FrozenPair, check_head, enable_gradient_checkpointing, frozen_copy, load_model
+from .model import FrozenPair, check_head, enable_gradient_checkpointing, frozen_copy, load_model, resolve_device
 from .packing import pack_views
+from .placement import place_run
 from .policy import Policy
 from .progress import Progress
 from .records import RenderedPrompt, Sample, ScoredSamples
@@ -62,6 +64,7 @@ class State:
     sampler: Sampler
     log: MetricsLog
     progress: Progress
+    memory: PeakMemory
     held_out: ScoredSamples | None = None
     epoch: int = 0
     running_epoch: int = 0
@@ -75,7 +78,8 @@ class State:
     def phase(self, name: str, total: int) -> Iterator:
         """Show and time one phase of the epoch; yields the function that advances its bar."""
         started = time.perf_counter()
-        with self.progress.phase(f"epoch {self.running_epoch}/{self.config.epochs}", name, total) as advance:
+        described = f"epoch {self.running_epoch}/{self.config.epochs}"
+        with self.progress.phase(described, name, total) as advance, self.memory.phase(name):
             yield advance
         self.durations_s[f"{name}_duration_s"] = time.perf_counter() - started
 
@@ -122,7 +126,9 @@ def run_epoch(state: State, config: Config) -> None:
     started = time.perf_counter()
     torch.manual_seed(derive_seed(config.seed, epoch, "torch"))
 
-    prompts = state.resolved.prompts.next(config.sampling.samples_per_epoch)
+    prompts = state.resolved.prompts.next(
+        config.sampling.samples_per_epoch, copies=config.sampling.samples_per_prompt
+    )
     samples = sample_epoch(state, prompts, derive_seed(config.seed, epoch, "sampling"))
     scored = score(state, samples)
     write_samples(samples_path(state.run_dir, epoch), scored, state.resolved.tokenizer)
@@ -139,7 +145,7 @@ def run_epoch(state: State, config: Config) -> None:
     row |= response_metrics(scored)
     row |= measure_held_out(state)
     row["sample_tokens_per_second"] = row["num_actions"] / state.durations_s["sample_duration_s"]
-    row |= state.durations_s | {"epoch_duration_s": time.perf_counter() - started}
+    row |= state.memory.row() | state.durations_s | {"epoch_duration_s": time.perf_counter() - started}
     state.epoch = epoch
     state.log.epoch(row)
     save(state)
@@ -147,8 +153,10 @@ def run_epoch(state: State, config: Config) -> None:
 
 
 def build_state(resolved: Resolved, ranks: Ranks) -> State:
-    """Load the models and make the engine, the sampler and the logs of a run."""
+    """Load the models where the placement says and make the engine, the sampler and the logs of a run."""
     config = resolved.config
+    placement = place_run(resolved, world_size=ranks.world_size)  # ValueError when it cannot fit
+    memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
     better = frozen_copy(initial)
@@ -156,7 +164,7 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     if config.contrast.kind == "model":
         plain = load_model(resolved.plain_model_path, config.model)
         check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
-    if config.model.gradient_checkpointing:
+    if placement.gradient_checkpointing:
         enable_gradient_checkpointing(initial)
     policy = Policy(initial, resolved.num_valid_vocab, config.engine)
     updates = config.epochs * len(step_sizes(config.sampling.samples_per_epoch, config.optim.samples_per_step))
@@ -172,6 +180,7 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
         ),
         log=MetricsLog(resolved.run_dir, config.logging),
         progress=Progress(),
+        memory=memory,
     )
 
 

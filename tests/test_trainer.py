@@ -68,6 +68,7 @@ def test_metrics_have_one_row_a_step_and_an_epoch_with_the_promised_keys(run_dir
     promised = {
         "loss", "mean_log_ratio", "rms_log_ratio", "kl_to_plain", "response_length", "truncation_rate", "eos_rate",
         "pad_waste", "sample_duration_s", "score_duration_s", "train_duration_s", "train_tokens_per_second",
+        "peak_memory_sample_bytes", "peak_memory_score_bytes", "peak_memory_train_bytes",
     }  # fmt: skip
     assert promised <= set(epochs[1])
     assert all("held_out/mean_squared_log_ratio" in row for row in epochs)

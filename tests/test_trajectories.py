@@ -51,7 +51,7 @@ OVERRIDES = [
 ]
 TEMPLATE = CHATML.replace("assistant\n", "assistant says\n")  # replaces the tokenizer's own
 STEPS_PER_EPOCH = 3  # of 2, 2 and 1 samples
-CLOCK_KEYS = ("duration_s", "tokens_per_second")
+CLOCK_KEYS = ("duration_s", "tokens_per_second", "_bytes")  # and how much memory was held
 
 
 def kill() -> None:
