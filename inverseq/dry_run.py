@@ -132,7 +132,7 @@ def synthetic_samples(resolved: Resolved) -> list[Sample]:
     """The first epoch's prompts with responses of uniformly drawn lengths; the stream is left where it was."""
     config = resolved.config.sampling
     state = resolved.prompts.state_dict()
-    prompts = resolved.prompts.next(config.samples_per_epoch)
+    prompts = resolved.prompts.next(config.samples_per_epoch, copies=config.samples_per_prompt)
     resolved.prompts.load_state_dict(state)
     rng = np.random.default_rng(resolved.config.seed)
     lengths = rng.integers(1, config.max_new_tokens, size=len(prompts), endpoint=True)

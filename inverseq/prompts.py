@@ -324,8 +324,14 @@ class PromptStream:
         self._cursor = 0
         self._order = self._order_of_pass()
 
-    def next(self, count: int) -> list[RenderedPrompt]:
-        """The next ``count`` prompts; a pass that ends on the way is followed by the next one."""
+    def next(self, count: int, *, copies: int = 1) -> list[RenderedPrompt]:
+        """``count`` prompts to answer: the next ``count // copies``, each ``copies`` times (see ``repeat_prompts``).
+
+        A pass that ends on the way is followed by the next one. Raises ValueError when ``copies`` does not divide.
+        """
+        if count % copies:
+            raise ValueError(f"copies={copies}: expected a divisor of count={count}")
+        count //= copies
         drawn: list[RenderedPrompt] = []
         while len(drawn) < count:
             if self._cursor == len(self.training):
@@ -334,7 +340,7 @@ class PromptStream:
             taken = self._order[self._cursor : self._cursor + count - len(drawn)]
             drawn += [self.training[index] for index in taken]
             self._cursor += len(taken)
-        return drawn
+        return repeat_prompts(drawn, copies) if copies > 1 else drawn
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the stream stands; plain numbers and text."""

@@ -8,8 +8,10 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from inverseq.attention import ATTENTION_NAME
+from inverseq.chat import ChatRenderer
 from inverseq.config import SamplingConfig
-from inverseq.prompts import repeat_prompts
+from inverseq.prompts import PromptStream, repeat_prompts
+from inverseq.records import Prompt
 from inverseq.sampling import sample_responses
 from inverseq.sampling_attention import PAGED_ATTENTION_NAME, paged_attention, paged_attention_is_supported
 from inverseq.sampling_noise import gumbel_noise, prompt_keys
@@ -24,6 +26,7 @@ from tests.test_sampling import (
     pair_probabilities,
     responses_of,
 )
+from tests.tiny import make_tiny_tokenizer
 
 
 def make(model, **options) -> TransformersSampler:
@@ -145,6 +148,16 @@ def test_repeated_prompts_have_distinct_ids():
     assert [copy.prompt.id for copy in copies] == ["a", "a#1", "b", "b#1", "a#2", "a#3"]
     assert repeat_prompts([first, second], 1) == [first, second]
     assert copies[1].prompt.messages == first.prompt.messages and copies[1].prompt_ids is first.prompt_ids
+
+
+def test_the_stream_repeats_prompts_and_counts_responses():
+    renderer = ChatRenderer(make_tiny_tokenizer(), principle_text="be safe", plain_system="")
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"word {i}"},)) for i in range(4)]
+    stream = PromptStream(prompts, renderer, seed=0, shuffle=False)
+    assert [item.prompt.id for item in stream.next(6, copies=3)] == ["p0", "p0#1", "p0#2", "p1", "p1#1", "p1#2"]
+    assert [item.prompt.id for item in stream.next(2, copies=1)] == ["p2", "p3"]
+    with pytest.raises(ValueError, match="copies=3: expected a divisor of count=4"):
+        stream.next(4, copies=3)
 
 
 def test_with_seeds_of_their_own_responses_do_not_depend_on_what_else_is_sampled():
