@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention_layout import AttentionLayout
+from .records import copied_to
 
 __all__ = ["flex_attention"]
 
@@ -50,7 +51,7 @@ def _who_sees_whom(layout: AttentionLayout, window: int | None, device):
     parent = torch.tensor(layout.parents).repeat_interleave(lengths)
     first_key = torch.tensor(layout.seqlens_k) - lengths - torch.tensor(layout.starts[:-1])
     position = torch.arange(len(sequence)) + first_key.repeat_interleave(lengths)
-    sequence, parent, position = (tensor.to(device, non_blocking=True) for tensor in (sequence, parent, position))
+    sequence, parent, position = (copied_to(tensor, device) for tensor in (sequence, parent, position))
 
     def sees(batch, head, q, k):
         own = (sequence[q] == sequence[k]) & (q >= k)

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .records import PackedViews
+from .records import PackedViews, copied_to
 
 __all__ = ["AttentionLayout", "SharedPrefixes", "attention_layout"]
 
@@ -68,7 +68,7 @@ def attention_layout(pack: PackedViews, backend: str = "auto") -> AttentionLayou
         parents=parents,
         cu_seqlens_q=pack.cu_seqlens,
         cu_seqlens_k=_cumulated(seqlens_k, device),
-        key_index=_on(device, torch.cat(pieces)),
+        key_index=copied_to(torch.cat(pieces), device),
         prefixes=_shared_prefixes(parents, rows, device),
         max_seqlen_q=max(pack.seqlens),
         max_seqlen_k=max(seqlens_k),
@@ -81,9 +81,9 @@ def _shared_prefixes(parents: tuple[int, ...], rows: list[Tensor], device) -> Sh
     children = [torch.cat([rows[s] for s, parent in enumerate(parents) if parent == prefix]) for prefix in prefixes]
     lengths_q, lengths_k = [len(child) for child in children], [len(rows[prefix]) for prefix in prefixes]
     return SharedPrefixes(
-        rows=_on(device, torch.cat(children)),
+        rows=copied_to(torch.cat(children), device),
         cu_seqlens_q=_cumulated(lengths_q, device),
-        prefix_rows=_on(device, torch.cat([rows[prefix] for prefix in prefixes])),
+        prefix_rows=copied_to(torch.cat([rows[prefix] for prefix in prefixes]), device),
         cu_seqlens_k=_cumulated(lengths_k, device),
         max_seqlen_q=max(lengths_q),
         max_seqlen_k=max(lengths_k),
@@ -91,11 +91,4 @@ def _shared_prefixes(parents: tuple[int, ...], rows: list[Tensor], device) -> Sh
 
 
 def _cumulated(lengths: list[int], device) -> Tensor:
-    return _on(device, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
-
-
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """On the device, without waiting for it."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return copied_to(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)

@@ -25,9 +25,17 @@ __all__ = [
     "ScoredSamples",
     "StepMetrics",
     "TrainStep",
+    "copied_to",
 ]
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+def copied_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on ``device``; the host does not wait for a copy to CUDA, which is made from pinned memory."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,9 @@ class Sample:
         return len(self.response.token_ids)
 
 
+DEVICE_FIELDS = ("input_ids", "position_ids", "cu_seqlens", "action_index", "token_ids", "sample_index")
+
+
 @dataclass(frozen=True, slots=True)
 class PackedViews:
     """Sequences laid end to end without padding, and where their action tokens are.
@@ -116,11 +127,14 @@ class PackedViews:
         first_row = torch.from_numpy(offsets)[samples] - (counts.cumsum(0) - counts)
         return first_row.repeat_interleave(counts) + torch.arange(self.num_actions)
 
+    def device_tensors(self) -> list[Tensor]:
+        """What a forward reads on the device."""
+        return [getattr(self, name) for name in DEVICE_FIELDS]
+
     def to(self, device) -> PackedViews:
         """The same pack with its device tensors on ``device`` (``parent_seq`` stays on the host)."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "cu_seqlens", "action_index", "token_ids", "sample_index")
+            name: copied_to(tensor, device) for name, tensor in zip(DEVICE_FIELDS, self.device_tensors(), strict=True)
         }
         return PackedViews(
             max_seqlen=self.max_seqlen,

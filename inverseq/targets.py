@@ -3,12 +3,14 @@
     log π̂(· | y_<t, x) = log_softmax( α log π_w(· | y_<t, x) + (1 − α) log π_l(· | y_<t, x) )
 
 With shared weights both views of a sample stand in one pack and one forward serves both. Targets are one fp32
-number per action token and stay on the host until their optimizer step.
+number per action token and stay on the host until their optimizer step. On CUDA the host runs one pack ahead: while a
+forward runs, the next pack is written and copied, and only then is the result before it waited for.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -49,18 +51,53 @@ def score_targets(
     scored = []
     # Weights that are gathered for one forward cannot be inference tensors.
     with torch.inference_mode() if type(frozen) is FrozenPair else torch.no_grad():
-        for packs in plan(samples, config, num_valid_vocab, ranks):
-            moved = [pack.to(device) for pack in packs]
-            pack_targets, pack_plain = frozen(contrast, moved, config, num_valid_vocab)
-            if not packs[-1].is_dummy:
-                scored.append((packs[-1].action_rows(offsets), pack_targets.cpu(), pack_plain.cpu()))
-                advance(len(packs[-1].sample_index.unique()))
+        results = (
+            (packs[-1], *frozen(contrast, moved, config, num_valid_vocab))
+            for packs, moved in _copied_ahead(plan(samples, config, num_valid_vocab, ranks), device)
+        )
+        for pack, pack_targets, pack_plain in _read_behind(results, device):
+            if not pack.is_dummy:
+                scored.append((pack.action_rows(offsets), pack_targets, pack_plain))
+                advance(len(pack.sample_index.unique()))
     for rows, pack_targets, pack_plain in itertools.chain(*ranks.gather(scored)):
         targets_A[rows] = pack_targets
         plain_A[rows] = pack_plain
     if torch.isnan(plain_A).any() or torch.isnan(targets_A).any():
         raise ArithmeticError("a frozen model gave log-probabilities that are not numbers")
     return ScoredSamples(samples, targets_A, plain_A, offsets)
+
+
+def _copied_ahead(packs: Iterator[tuple[PackedViews, ...]], device: torch.device) -> Iterator:
+    """Each tuple of packs beside its copy on the device; on CUDA the copy does not queue behind the running forward."""
+    if device.type != "cuda":
+        yield from ((hosts, [pack.to(device) for pack in hosts]) for hosts in packs)
+        return
+    copies, computes = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for hosts in packs:
+        with torch.cuda.stream(copies):
+            moved = [pack.to(device) for pack in hosts]
+        computes.wait_stream(copies)
+        for tensor in itertools.chain.from_iterable(pack.device_tensors() for pack in moved):
+            tensor.record_stream(computes)  # or its memory could be reused before the forward has read it
+        yield hosts, moved
+
+
+def _read_behind(results: Iterator[tuple], device: torch.device) -> Iterator[tuple[PackedViews, Tensor, Tensor]]:
+    """The results with their tensors on the host; on CUDA each is waited for when the next one has been launched."""
+    launched = deque()
+    for pack, *tensors in results:
+        hosts = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        launched.append((pack, hosts, copied))
+        if copied is None or len(launched) > 1:
+            yield _arrived(*launched.popleft())
+    yield from (_arrived(*entry) for entry in launched)
+
+
+def _arrived(pack: PackedViews, hosts: list[Tensor], copied: torch.cuda.Event | None) -> tuple:
+    if copied is not None:
+        copied.synchronize()
+    return (pack, *hosts)
 
 
 def _packs_together(samples, config: Config, num_valid_vocab: int, ranks: Ranks) -> Iterator[tuple[PackedViews, ...]]:
