@@ -24,6 +24,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.num_valid_vocab = num_valid_vocab
+        self.engine_config = engine
         self.kernel_options = engine.kernel_options()
 
     def forward(

@@ -25,6 +25,8 @@ STAGES_OF_SEVERAL_FILES = [
     | {"sampling_lmdeploy_server", "sampling_lmdeploy_client", "sampling_lmdeploy_weights"}
     | {"sampling_server", "sampling_server_client", "sampling_server_protocol", "sampling_server_weights"},
     {"metrics", "progress"},
+    {"policy", "engine", "engine_deepspeed"},
+    {"checkpoint", "checkpoint_files", "checkpoint_sharded"},
 ]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 DICTATED_PARAMETERS = {"packed_attention"}  # transformers calls it
