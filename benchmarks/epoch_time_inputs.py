@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import Config, ContrastConfig, ModelConfig, OptimConfig, PackingConfig, SamplingConfig
-from inverseq.memory import available_bytes, estimate_memory, model_size, needed_bytes
+from inverseq.memory import (
+    Hardware,
+    Job,
+    Placement,
+    available_bytes,
+    estimate_memory,
+    model_size,
+    needed_bytes,
+)
 from inverseq.records import Prompt, RenderedPrompt, Response, Sample
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     "baseline_bytes",
     "benchmark_config",
     "build_random_model",
+    "estimated_bytes",
     "hh_lengths",
     "largest_preset",
     "make_samples",
@@ -164,16 +173,32 @@ def build_random_model(config: PretrainedConfig, device: torch.device, dtype: to
 
 
 def estimated_bytes(
-    config: PretrainedConfig, samples: Sequence[Sample], device_type: str, *, recompute: bool = False
+    config: PretrainedConfig,
+    samples: Sequence[Sample],
+    device_type: str,
+    *,
+    recompute: bool = False,
+    has_optimizer: bool = True,
 ) -> int:
     """Estimated peak memory of our side, by the estimate that ``--dry-run`` shows."""
-    parts = estimate_memory(
-        benchmark_config(device_type, samples, recompute=recompute),
-        model_size(config),
+    job = Job(
+        config=benchmark_config(device_type, samples, recompute=recompute),
+        policy=model_size(config),
+        plain=None,
         weight_bytes=2 if device_type == "cuda" else 4,
-        device_type=device_type,
         longest_prompt=max(len(sample.rendered.policy_ids) for sample in samples),
+        hardware=Hardware("this machine", device_type, available_bytes(device_type), host_bytes=None),
     )
+    whole = Placement(
+        zero_stage=0,
+        offload_optimizer=False,
+        offload_parameters=False,
+        frozen="replicated",
+        gradient_checkpointing=recompute,
+    )
+    parts = estimate_memory(job, whole)
+    if not has_optimizer:
+        parts = [part for part in parts if "AdamW" not in part.name and "master" not in part.name]
     return needed_bytes(parts, device_type)
 
 
