@@ -28,6 +28,7 @@ from .records import PackedViews, Prompt, RenderedPrompt, Response, Sample
 from .run_directory import check_run_directory
 from .sample_files import eval_path, read_evaluation
 from .sampling_replay import sample_files_of
+from .sampling_server_client import check_server
 from .small_model import MODEL_NAME, small_model_path
 
 __all__ = ["Resolved", "ResolvedModels", "resolve", "resolve_model_path", "resolve_models"]
@@ -158,6 +159,8 @@ def check_environment(config: Config) -> None:
         raise ValueError(f"sampling.replay_path={config.sampling.replay_path!r}: no such folder")
     if config.sampling.backend == "replay" and not sample_files_of(Path(config.sampling.replay_path).expanduser()):
         raise ValueError(f"sampling.replay_path={config.sampling.replay_path!r}: no samples/epoch_NNNN.jsonl in there")
+    if config.sampling.backend == "server":
+        check_server(config.sampling.server)
 
 
 def resolve_model_path(key: str, name: str) -> str:

@@ -2,7 +2,7 @@
 
 A ``Sampler`` is one sampling engine. Whatever the engine, responses are drawn at temperature 1, top_p 1, top_k 0 and
 without penalties: only then is the expected gradient of the loss that of the KL divergence. Log-probabilities of an
-engine are never trained on, so none are asked for.
+engine are never trained on; ``inverseq.freshness`` compares a few of them with the trainer's after each sync.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SamplingConfig
+from .freshness import ProbeAnswer
 from .records import RenderedPrompt, Response, Sample
 from .sampling_replay import ReplaySampler
-from .sampling_transformers import TransformersSampler
+from .sampling_server import ServerSampler
+from .sampling_transformers import TransformersSampler, stop_token_ids
 
 __all__ = ["Sampler", "make_sampler", "sample_responses"]
 
@@ -31,6 +34,7 @@ class Sampler(Protocol):
 
     name: str
     version: str
+    weights_step: int  # optimizer steps behind the weights it samples from
 
     def sync(self, policy: nn.Module, weights_step: int) -> None:
         """From now on sample from these weights, which ``weights_step`` optimizer steps have made."""
@@ -43,17 +47,40 @@ class Sampler(Protocol):
         """
         ...
 
+    def probe(self, prompt: RenderedPrompt, num_tokens: int) -> ProbeAnswer:
+        """Continue the prompt greedily; left out by engines without weights (replay)."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds."""
         ...
 
 
 def make_sampler(
-    config: SamplingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_valid_vocab: int
+    config: SamplingConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_valid_vocab: int,
+    weights_dir: Path | None = None,
+    is_main: bool = True,
 ) -> Sampler:
-    """The sampler of ``sampling.backend``; token ids from ``num_valid_vocab`` on are padding and never sampled."""
+    """The sampler of ``sampling.backend``; token ids from ``num_valid_vocab`` on are padding and never sampled.
+
+    ``weights_dir`` is where weights are saved for an engine in another process (RUN/weights); where one such engine
+    answers several ranks, ``is_main`` is True for the one that saves them and has them loaded.
+    """
     if config.backend == "replay":
         return ReplaySampler(config)
+    if config.backend == "server":
+        return ServerSampler(
+            config,
+            tokenizer,
+            stop_ids=stop_token_ids(model, tokenizer),
+            num_valid_vocab=num_valid_vocab,
+            weights_dir=weights_dir,
+            is_main=is_main,
+        )
     return TransformersSampler(config, model, tokenizer, num_valid_vocab=num_valid_vocab)
 
 

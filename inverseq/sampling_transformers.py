@@ -21,10 +21,17 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from .config import SamplingConfig
+from .freshness import ProbeAnswer
 from .records import RenderedPrompt, Response
 from .sampling_attention import PAGED_ATTENTION_NAME, paged_attention_is_supported
 from .sampling_noise import gumbel_noise, prompt_keys
@@ -132,6 +139,24 @@ class TransformersSampler:
         if self.config.per_prompt_seeds:
             use_prompt_noise(manager, prompts, waiting, seed)
         return manager, waiting
+
+    @torch.no_grad()
+    def probe(self, prompt: RenderedPrompt, num_tokens: int) -> ProbeAnswer:
+        """The greedy continuation of a prompt and its log-probs, with a cache and the engine's attention.
+
+        One token at a time without the engine's thread, whose start and end take longer than all of it.
+        """
+        ids: list[int] = []
+        logprobs: list[float] = []
+        inputs, cache = torch.from_numpy(prompt.policy_ids.astype(np.int64))[None].to(self.model.device), DynamicCache()
+        with engine_mode(self.model, self.num_valid_vocab):
+            while len(ids) < num_tokens and ids[-1:] not in [[i] for i in self.stop_ids]:
+                logits_V = self.model(inputs, past_key_values=cache, use_cache=True).logits[0, -1].float()
+                best = logits_V.log_softmax(-1).max(-1)
+                ids.append(best.indices.item())
+                logprobs.append(best.values.item())
+                inputs = best.indices.view(1, 1)
+        return ProbeAnswer(np.array(ids, np.int32), "", np.array(logprobs, np.float32))
 
     def close(self) -> None:
         """Nothing is held between two calls of ``generate``."""
