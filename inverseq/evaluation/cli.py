@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 PROGRAM = "inverseq-eval"
 # Modules with add_parser(subparsers) and run(args), in the order of a user's work.
-MODULES = ("generate",)
+MODULES = ("generate", "rewards", "sweep")
 
 
 class OneLineParser(argparse.ArgumentParser):
