@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 PROGRAM = "inverseq-eval"
 # Modules with add_parser(subparsers) and run(args), in the order of a user's work.
-MODULES = ("generate", "rewards", "sweep")
+MODULES = ("generate", "judge", "tournament", "elo", "categories")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(outcome: Outcome, *, as_json: bool) -> int:
-    """Print an outcome to stdout, and the names of the files it wrote to stderr."""
+    """Print an outcome to stdout, to stderr the names of the files it wrote and what is missing."""
     print(json.dumps(outcome.data, allow_nan=False) if as_json else outcome.text)
     for path in outcome.files:
         print(f"wrote {path}", file=sys.stderr)
-    return outcome.status
+    return fail(1, f"error: {outcome.problem}") if outcome.problem else 0
 
 
 def fail(status: int, message: str) -> int:

@@ -22,12 +22,12 @@ class EvaluationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a subcommand found: ``data`` for ``--json`` (plain JSON, no NaN), ``text`` for people, the exit status."""
+    """What a subcommand found: ``data`` for ``--json`` (plain JSON, no NaN) and ``text`` for people."""
 
     data: dict[str, Any]
     text: str
-    status: int = 0
     files: list[Path] = field(default_factory=list)  # written, named on stderr
+    problem: str = ""  # what is missing though the rest is kept; makes the exit status 1
 
 
 def require_package(name: str, extra: str = "eval") -> ModuleType:

@@ -85,8 +85,8 @@ def draw_bars(figure: Figure, rows: Sequence[Row]) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
 
 
-def draw_radar(figure: Figure, rows: Sequence[Row]) -> None:
-    """A polygon per series of rows {series, category, value}, values from 0 to 1, with a ring at one half."""
+def draw_radar(figure: Figure, rows: Sequence[Row], baseline: str = "") -> None:
+    """A polygon per series of rows {series, category, value}, values from 0 to 1; the ring at one half is a draw."""
     import math
 
     categories = list(dict.fromkeys(row["category"] for row in rows))
@@ -96,7 +96,7 @@ def draw_radar(figure: Figure, rows: Sequence[Row]) -> None:
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     circle = [2 * math.pi * step / 180 for step in range(181)]
-    axes.plot(circle, [0.5] * len(circle), color="black", linewidth=0.8, linestyle=":")
+    axes.plot(circle, [0.5] * len(circle), color="black", linewidth=1, linestyle=":", label=baseline or None)
     for index, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
         found = {row["category"]: row["value"] for row in rows if row["series"] == series}
         values = [found.get(category, math.nan) for category in categories]
