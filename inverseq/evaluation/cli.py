@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 PROGRAM = "inverseq-eval"
 # Modules with add_parser(subparsers) and run(args), in the order of a user's work.
-MODULES = ("generate", "judge", "tournament", "elo", "categories")
+MODULES = ("generate", "judge", "tournament", "elo", "categories", "rewards", "sweep")
 
 
 class OneLineParser(argparse.ArgumentParser):
