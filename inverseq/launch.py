@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 MODULE = "inverseq.cli"
 BAD_INPUT = 2  # the exit status that no restart can help
 SUPERVISED = "INVERSEQ_SUPERVISED"  # set for the processes of run_processes, which speaks for them
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT  # that torchrun's agent passes on
 SSH_TIMEOUT_S = 5
 FIRST_WAIT_S, OTHERS_WAIT_S = 2.0, 5.0
 ECHO_WAIT_S = 10.0  # of a rank that stops because another one failed

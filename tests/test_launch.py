@@ -1,6 +1,7 @@
 """How processes are started, and how the command ends when it is one of several: statuses, lines, refusals."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -109,6 +110,42 @@ def test_the_status_is_the_failing_ranks_and_a_killed_rank_is_named(codes, statu
     lines = []
     assert launch._describe_failures(codes, lines.append) == status
     assert lines == said
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Run attempts of tests/launched_process.py; (status, whether each attempt was a restart, what was said)."""
+    handlers = {number: signal.getsignal(number) for number in launch.SIGNALS}
+    monkeypatch.setattr(launch, "MODULE", "tests.launched_process")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv(launch.SUPERVISED, "")
+
+    def run(*attempts: list[str]):
+        left, restarted, said = [*attempts], [], []
+
+        def words(is_restart: bool) -> list[str]:
+            restarted.append(is_restart)
+            return left.pop(0)
+
+        status = launch.run_processes(words, num_processes=2, max_restarts=2, say=said.append)
+        return status, restarted, said
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_processes_are_started_again_after_a_failure_as_often_as_allowed(processes):
+    killed = "[rank 1] error: ended by SIGKILL (is the machine's memory full?)"
+    assert processes(["0:status1"], ["1:SIGKILL"], []) == (
+        0, [False, True, True], ["restart 1 of 2", killed, "restart 2 of 2"]
+    )  # fmt: skip
+    assert processes(["0:status3"], ["1:status1"], ["1:status4"])[:2] == (4, [False, True, True])
+
+
+def test_neither_bad_input_nor_an_interrupt_is_tried_again(processes):
+    assert processes(["1:status2"]) == (2, [False], [])
+    assert processes(["0:interrupt"]) == (130, [False], [])
 
 
 def test_bad_input_is_said_once_by_processes_that_end_with_its_status_and_are_not_restarted(tmp_path):
