@@ -25,6 +25,7 @@ __all__ = [
     "naming_file",
     "read_jsonl",
     "remove_directory",
+    "temporary_name",
     "write_json",
     "write_jsonl",
 ]
@@ -35,6 +36,7 @@ EXCHANGE_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def temporary_name(path: Path) -> Path:
+    """Where a file or folder stands until it is whole."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -125,8 +125,8 @@ ACCIDENTS = {
         lambda: before_call(TorchEngine, "train_step", STEPS_PER_EPOCH + 2, kill), 1, AT_EPOCH_2 + 1
     ),
     "within a metrics row": Accident(lambda: tear_metrics_row(AT_EPOCH_2 + 2), 1, AT_EPOCH_2 + 1),
-    "within the checkpoint": Accident(lambda: before_call(checkpoint, "_write_state", 3, kill), 1, AT_END),
-    "behind the checkpoint": Accident(lambda: before_call(checkpoint, "_remove_old", 2, kill), 2, AT_END),
+    "within the checkpoint": Accident(lambda: before_call(checkpoint, "write_state", 3, kill), 1, AT_END),
+    "behind the checkpoint": Accident(lambda: before_call(checkpoint, "remove_old", 2, kill), 2, AT_END),
     "before the evaluation": Accident(
         lambda: before_call(trainer, "write_evaluation", 2, kill), 2, AT_END, own_samples=True
     ),
