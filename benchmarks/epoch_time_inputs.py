@@ -187,7 +187,8 @@ def estimated_bytes(
         plain=None,
         weight_bytes=2 if device_type == "cuda" else 4,
         longest_prompt=max(len(sample.rendered.policy_ids) for sample in samples),
-        hardware=Hardware("this machine", device_type, available_bytes(device_type), host_bytes=None),
+        # The device's size bounds only the sampler's cache, which is not counted on CUDA.
+        hardware=Hardware("this machine", device_type, device_bytes=0, host_bytes=None),
     )
     whole = Placement(
         zero_stage=0,
