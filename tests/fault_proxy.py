@@ -1,0 +1,158 @@
+"""A proxy before a real server that passes everything on, but for the faults planned for single completions.
+
+``plan`` maps the number of a completion request (from 0, in the order they arrive) to a fault; see ``FAULTS`` for
+those that change an answer, and ``Fault`` for those that prevent one. What passes is kept in ``requests``.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+__all__ = ["FAULTS", "Fault", "FaultProxy"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Instead of an answer: a status (with a Retry-After), silence for some seconds, or a closed connection."""
+
+    status: int = 0
+    retry_after: str = ""
+    silence_s: float = 0.0
+    drop: bool = False
+
+
+def cut_short(answer: dict) -> None:
+    """Fewer tokens than asked for, and no stop token."""
+    choice = answer["choices"][0]
+    choice["text"], choice["finish_reason"] = " ".join(choice["text"].split()[:1]), "length"
+    answer["usage"]["completion_tokens"] = 1
+
+
+def fail(answer: dict) -> None:
+    answer["choices"][0] |= {"finish_reason": "error", "text": "w1"}
+
+
+def garble(answer: dict) -> None:
+    """A text that does not tokenise to ids of that text."""
+    answer["choices"][0]["text"] = "w1 \ufffd w2"
+
+
+def miscount(answer: dict) -> None:
+    """A text of other tokens than those that were drawn: their number gives it away."""
+    answer["usage"]["completion_tokens"] += 2
+
+
+def empty(answer: dict) -> None:
+    answer["choices"] = []
+
+
+FAULTS: dict[str, Callable[[dict], None]] = {
+    "cut short": cut_short,
+    "error": fail,
+    "garbled": garble,
+    "miscounted": miscount,
+    "empty": empty,
+}
+
+
+class FaultProxy:
+    """A context manager: the proxy runs inside the block, at ``root``."""
+
+    def __init__(self, target: str):
+        self.target = target
+        self.plan: dict[int, Fault | str] = {}
+        self.requests: list[dict] = []
+        self.num_refreshes = 0
+        self.rewrite: Callable[[dict], None] | None = None  # changes a completion request's body
+        self.on_refresh: Callable[[], None] | None = None
+        self.lock = threading.Lock()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                proxy.handle(self, None)
+
+            def do_POST(self):
+                proxy.handle(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.root = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> FaultProxy:
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def handle(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
+        fault: Fault | str | None = None
+        if handler.path.endswith("/completions"):
+            request = json.loads(body)
+            with self.lock:
+                fault = self.plan.get(len(self.requests))
+                self.requests.append(request)
+            if self.rewrite is not None:
+                self.rewrite(request)
+                body = json.dumps(request).encode()
+        elif handler.path == "/reset":
+            with self.lock:
+                self.num_refreshes += 1
+            if self.on_refresh is not None:
+                self.on_refresh()
+        if isinstance(fault, Fault) and fault.drop:
+            handler.close_connection = True
+            return
+        if isinstance(fault, Fault) and fault.silence_s:
+            time.sleep(fault.silence_s)
+            handler.close_connection = True
+            return
+        if isinstance(fault, Fault):
+            headers = {"Retry-After": fault.retry_after} if fault.retry_after else {}
+            self.reply(handler, fault.status, b'{"error": {"message": "planned"}}', headers)
+            return
+        status, answer = self.ask_target(handler.path, body)
+        if isinstance(fault, str) and status == 200:
+            content = json.loads(answer)
+            FAULTS[fault](content)
+            answer = json.dumps(content).encode()
+        if status:
+            self.reply(handler, status, answer, {})
+        else:
+            handler.close_connection = True  # the server is gone, and so is the connection
+
+    def ask_target(self, path: str, body: bytes | None) -> tuple[int, bytes]:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.target + path, data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except OSError:
+            return 0, b""
+
+    def reply(self, handler: BaseHTTPRequestHandler, status: int, answer: bytes, headers: dict[str, str]) -> None:
+        try:
+            handler.send_response(status)
+            for name, value in (headers | {"Content-Type": "application/json"}).items():
+                handler.send_header(name, value)
+            handler.send_header("Content-Length", str(len(answer)))
+            handler.end_headers()
+            handler.wfile.write(answer)
+        except OSError:
+            handler.close_connection = True  # the client has given up
