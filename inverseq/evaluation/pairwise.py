@@ -2,7 +2,8 @@
 
 A match is one prompt answered by two models. Where both orders were asked, both verdicts must agree; a disagreement is
 a tie, so that a judge who follows position alone finds nothing but ties. A match with an unreadable verdict counts for
-nothing and is reported. Intervals are percentiles of a seeded bootstrap over matches.
+nothing and is reported. Intervals are percentiles of a seeded bootstrap over matches. Where all matches end alike the
+bootstrap has no spread; an outcome unseen in n matches may then have the probability u with (1 − u)ⁿ = 2.5 %.
 """
 
 from __future__ import annotations
@@ -158,10 +159,9 @@ def summarize(
         "num_counted": len(kept),
         "num_unreadable": len(matches) - len(kept),
     }
-    outcomes = np.stack([scores == 1, scores == 0.5, scores == 0, scores, 2 * scores - 1], 1).astype(float)
-    for name, interval in zip(
-        ("win", "tie", "lose", "win_rate", "win_minus_lose"), bootstrap_means(outcomes, seed), strict=True
-    ):
+    outcomes = np.stack([scores == 1, scores == 0.5, scores == 0, scores], 1).astype(float)
+    intervals = bootstrap_means(outcomes, seed) + bootstrap_means(2 * scores[:, None] - 1, seed, lowest=-1.0)
+    for name, interval in zip(("win", "tie", "lose", "win_rate", "win_minus_lose"), intervals, strict=True):
         result[name] = _plain(interval)
     result["flip_rate"] = _plain(bootstrap_means(flips[:, None], seed)[0])
     result["first_position_rate"] = sum(match.first_wins for match in matches) / decided if decided else None
@@ -181,16 +181,25 @@ def bootstrap_weights(count: int, seed: int, resamples: int = RESAMPLES) -> np.n
     return np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
 
 
-def bootstrap_means(values: np.ndarray, seed: int) -> list[Interval | None]:
-    """Mean and percentile interval of each column of ``values`` [n, columns]; None for each when n is 0."""
+def bootstrap_means(values: np.ndarray, seed: int, lowest: float = 0.0) -> list[Interval | None]:
+    """Mean and interval of each column of ``values`` [n, columns], numbers from ``lowest`` to 1; None when n is 0."""
     count = len(values)
     if count == 0:
         return [None] * values.shape[1]
     means = bootstrap_weights(count, seed) @ values / count
-    return [
-        Interval(float(column.mean()), *percentiles(resampled))
-        for column, resampled in zip(values.T, means.T, strict=True)
-    ]
+    intervals: list[Interval | None] = []
+    for column, resampled in zip(values.T, means.T, strict=True):
+        if np.ptp(column) == 0:
+            intervals.append(constant_interval(float(column[0]), count, lowest))
+        else:
+            intervals.append(Interval(float(column.mean()), *percentiles(resampled)))
+    return intervals
+
+
+def constant_interval(value: float, count: int, lowest: float = 0.0) -> Interval:
+    """The interval of a mean when all ``count`` matches gave ``value``: the unseen pulls towards ``lowest`` or 1."""
+    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / count)
+    return Interval(value, value - unseen * (value - lowest), value + unseen * (1 - value))
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -211,6 +220,8 @@ def length_controlled_win_rate(scores: np.ndarray, differences: np.ndarray, *, s
     shift = np.tanh(differences / scale) if scale > 0 else np.zeros(count)
     if count == 0 or (scale > 0 and np.ptp(shift) < 1e-9):
         return None
+    if np.ptp(scores) == 0:
+        return constant_interval(float(scores[0]), count)
     weights = bootstrap_weights(count, seed)
     estimate = fit_length_model(scores, shift, np.ones((1, count)))[0, 0]
     resampled = fit_length_model(scores, shift, weights)[:, 0]

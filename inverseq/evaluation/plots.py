@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ __all__ = ["COLORS", "Row", "draw_bars", "draw_curves", "draw_radar", "save_plot
 Row = dict[str, Any]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 WIN, TIE, LOSE = "#0072B2", "#C8C8C8", "#D55E00"
+MAX_FILLED = 2  # series of a radar whose area is tinted
+LABEL_WIDTH = 22  # characters of a line of a radar's label
 STYLES = ("-", "--", ":", "-.")
 DPI = 150
 
@@ -53,7 +56,7 @@ def save_plot(path: Path | str, rows: Sequence[Row], draw: Callable[[Figure, Seq
     written = write_csv(path.with_suffix(".csv"), rows)
     draw(figure, rows)
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+        figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
     return [path, written]
 
 
@@ -70,14 +73,15 @@ def draw_bars(figure: Figure, rows: Sequence[Row]) -> None:
                 where = left + row[key] / 2
                 axes.text(where, position, f"{row[key]:.0%}", ha="center", va="center", color=text_color, fontsize=9)
             left += row[key]
-        for at, low, high in (
-            (row["win"], row["win_low"], row["win_high"]),
-            (1 - row["lose"], 1 - row["lose_high"], 1 - row["lose_low"]),
+        # The interval of win above the middle, that of lose (counted from the right) below it: they may overlap.
+        for at, low, high, height in (
+            (row["win"], row["win_low"], row["win_high"], -0.2),
+            (1 - row["lose"], 1 - row["lose_high"], 1 - row["lose_low"], 0.2),
         ):
             error = [[max(at - low, 0.0)], [max(high - at, 0.0)]]
-            axes.errorbar(at, position + 0.24, xerr=error, color="black", capsize=2.5, linewidth=1)
+            axes.errorbar(at, position + height, xerr=error, color="black", capsize=2.5, linewidth=1)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xlabel("fraction of prompts, with 95 % intervals of win and lose")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -97,6 +101,7 @@ def draw_radar(figure: Figure, rows: Sequence[Row], baseline: str = "") -> None:
     axes.set_theta_direction(-1)
     circle = [2 * math.pi * step / 180 for step in range(181)]
     axes.plot(circle, [0.5] * len(circle), color="black", linewidth=1, linestyle=":", label=baseline or None)
+    num_series = len({row["series"] for row in rows})
     for index, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
         found = {row["category"]: row["value"] for row in rows if row["series"] == series}
         values = [found.get(category, math.nan) for category in categories]
@@ -104,13 +109,18 @@ def draw_radar(figure: Figure, rows: Sequence[Row], baseline: str = "") -> None:
         axes.plot(
             [*angles, angles[0]], [*values, values[0]], style, color=color, marker="o", markersize=3.5, label=series
         )
-        if not any(map(math.isnan, values)):
+        if len(found) == len(categories) and num_series <= MAX_FILLED:
             axes.fill([*angles, angles[0]], [*values, values[0]], color=color, alpha=0.08)
     axes.set_ylim(0, 1)
-    axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25 %", "50 %", "75 %", "100 %"], fontsize=8)
-    axes.set_xticks(angles, [category.replace(", ", ",\n").replace(" and ", "\nand ") for category in categories])
-    axes.tick_params(axis="x", pad=14, labelsize=8.5)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25 %", "50 %", "75 %", "100 %"], fontsize=8, color="#444444")
+    axes.set_rlabel_position(math.degrees(angles[1]) / 2 if len(angles) > 1 else 0)
+    axes.set_xticks(angles, ["\n".join(textwrap.wrap(category, LABEL_WIDTH)) for category in categories], fontsize=9)
+    for angle, label in zip(angles, axes.get_xticklabels(), strict=True):
+        side, height = math.sin(angle), math.cos(angle)  # clockwise from the top
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+        label.set_verticalalignment("center" if abs(height) < 0.5 else "bottom" if height > 0 else "top")
+    axes.tick_params(axis="x", pad=4)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
 
 def draw_curves(x: str, y: str, *, x_label: str = "", y_label: str = "") -> Callable[[Figure, Sequence[Row]], None]:
