@@ -148,6 +148,14 @@ def test_neither_bad_input_nor_an_interrupt_is_tried_again(processes):
     assert processes(["0:interrupt"]) == (130, [False], [])
 
 
+def test_what_every_process_finds_is_said_by_rank_0_alone(processes, monkeypatch, capfd):
+    monkeypatch.setattr(launch, "MODULE", "inverseq.cli")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    assert processes(["--config", "demo", "--fast"]) == (2, [False], [])
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("inverseq-train: [rank 0] error: unrecognized arguments: --fast")
+
+
 def test_bad_input_is_said_once_by_processes_that_end_with_its_status_and_are_not_restarted(tmp_path):
     started = time.monotonic()
     done = command_line("--config", "demo", *CPU, "--nproc", "2", "--max-restarts", "3", cwd=tmp_path)
