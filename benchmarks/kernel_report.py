@@ -99,7 +99,7 @@ def compile_row(task: tuple[str, int, int, list[str]]) -> dict:
     """Compile one case and read what came out; runs in a worker process."""
     module, index, capability, dtypes = task
     case = module_cases(module, capability, dtypes)[index]
-    from inverseq_kernels.triton_common import compile_offline
+    from inverseq_kernels.triton_compile import compile_offline
 
     compiled = compile_offline(case, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

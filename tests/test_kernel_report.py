@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PLANTED = """
 import triton
 import triton.language as tl
-from inverseq_kernels.triton_common import Blocks, compile_case
+from inverseq_kernels.triton_blocks import Blocks
+from inverseq_kernels.triton_compile import compile_case
 
 
 @triton.jit

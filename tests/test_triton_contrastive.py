@@ -7,7 +7,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from inverseq_kernels import IGNORE_INDEX, contrastive_logprob
-from inverseq_kernels.triton_common import CONTRAST, CONTRAST_PAIR, Blocks, choose_blocks
+from inverseq_kernels.triton_blocks import (
+    CONTRAST,
+    CONTRAST_PAIR,
+    Blocks,
+    choose_blocks,
+)
 from inverseq_kernels.triton_contrastive import contrastive_forward
 from torch import Tensor
 

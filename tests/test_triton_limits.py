@@ -5,14 +5,14 @@ import torch
 
 pytest.importorskip("triton")
 from inverseq_kernels import IGNORE_INDEX, torch_loss, triton_logprob, triton_loss  # noqa: E402
-from inverseq_kernels.triton_common import (  # noqa: E402
+from inverseq_kernels.triton_blocks import (  # noqa: E402
     CONTRAST,
     CONTRAST_PAIR,
     GRADIENT,
     STATISTICS_RICH,
     choose_blocks,
+    choose_loss_blocks,
 )
-from inverseq_kernels.triton_exponentials import choose_loss_blocks  # noqa: E402
 
 NUM_WORDS, PITCH, DIM = 70, 128, 16
 SETTINGS = {"softcap": None, "temperature": 1.0, "num_valid_vocab": NUM_WORDS, "workspace_bytes": 2**24}

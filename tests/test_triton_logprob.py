@@ -7,7 +7,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from inverseq_kernels import IGNORE_INDEX, linear_logprob
-from inverseq_kernels.triton_common import GRADIENT, GRADIENT_RICH, STATISTICS, Blocks, choose_blocks
+from inverseq_kernels.triton_blocks import (
+    GRADIENT,
+    GRADIENT_RICH,
+    STATISTICS,
+    Blocks,
+    choose_blocks,
+)
 from inverseq_kernels.triton_logprob import logprob_backward, logprob_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

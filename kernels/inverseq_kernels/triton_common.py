@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles of head logits, their softmax statistics, block sizes and launches.
+"""What the Triton kernels share: tiles of head logits, their softmax statistics, and the end of a log-sum-exp.
 
 A kernel program owns one tile of ROWS action rows by WORDS vocabulary entries. It accumulates
 hidden @ weight.T over D in fp32, turns the sums into logits (bias, softcap, temperature), gives absent
@@ -7,12 +7,11 @@ token is caught in the one tile that holds it. ``combine_kernel`` then ends the 
 Logits stay in nats, so a row's logit and its maximum cancel exactly; only exp and log run in base 2.
 Every address is int64: A * V passes 2**31 at A = 16,744 for V = 128,256.
 
-Left out: the operations themselves. fp32 operands are multiplied as fp32 (never tf32).
+Left out: the operations themselves, tile sizes (triton_blocks.py) and compilation without a GPU
+(triton_compile.py). fp32 operands are multiplied as fp32 (never tf32).
 """
 
 import contextlib
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import triton
@@ -24,68 +23,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Maximum of a tile without words: finite, so that no difference of maxima is NaN.
 EMPTY_MAX = tl.constexpr(-1.0e30)
-
-# Contrast with one accumulator, contrast with two, statistics of one head, logit gradient of one head; the
-# rich ones have a softcap or an entropy, whose epilogues keep a second tile in registers.
-CONTRAST, CONTRAST_PAIR, STATISTICS, GRADIENT = "contrast", "contrast_pair", "statistics", "gradient"
-STATISTICS_RICH, GRADIENT_RICH = "statistics_rich", "gradient_rich"
-TWO_TILES = frozenset({CONTRAST_PAIR, STATISTICS_RICH, GRADIENT_RICH})
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Tile sizes and launch options of one GEMM-like kernel."""
-
-    rows: int
-    words: int
-    dim: int
-    num_warps: int
-    num_stages: int
-    group_rows: int = 16  # row blocks that walk through the vocabulary together and share it in L2
-    tma: bool = False  # read tiles through TMA descriptors where addresses allow it
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel configuration that a launcher can choose, described for compilation without a GPU."""
-
-    kernel: Any  # triton JITFunction
-    name: str
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    is_gemm: bool  # whether tensor-core instructions are expected: no for fp32, which must not use tf32
-    divisible: tuple[str, ...] = field(default=())  # arguments that are multiples of 16 when launched
-
-
-def is_hopper_like(capability: int) -> bool:
-    """Whether blocks for Hopper fit: TMA and 227 KiB of shared memory, which sm_120 (99 KiB) has not."""
-    return 90 <= capability < 120
-
-
-def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = True) -> Blocks:
-    """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter.
-
-    ``aligned`` is ``is_aligned`` of the matrices; without it neither TMA nor asynchronous copies can load a
-    tile, every element goes through registers, and only small tiles leave room for that.
-    """
-    if capability == 0:
-        return Blocks(32, 128, 64, num_warps=4, num_stages=1)
-    small = op in TWO_TILES
-    if dtype == torch.float32:
-        narrow = small or not aligned or op == CONTRAST
-        return Blocks(64, 32 if narrow else 64, 32, num_warps=4, num_stages=2)
-    if not aligned:
-        return Blocks(64, 64, 32, num_warps=4, num_stages=2)
-    if not is_hopper_like(capability):
-        if op == CONTRAST_PAIR:
-            return Blocks(128, 64, 64, num_warps=4, num_stages=3)
-        return Blocks(128, 128 if small else 256, 32, num_warps=8, num_stages=4 if small else 3)
-    if small:
-        return Blocks(128, 128, 64, num_warps=8, num_stages=6, tma=True)
-    # A fourth stage makes the contrast's two loops spill.
-    return Blocks(128, 256, 64, num_warps=8, num_stages=3 if op == CONTRAST else 4, tma=True)
 
 
 @triton.jit
@@ -282,29 +219,9 @@ def combine(
     )
 
 
-def capability_of(tensor: Tensor) -> int:
-    """Compute capability of a tensor's GPU as 80, 90, ...; 0 for a CPU tensor (interpreter)."""
-    if tensor.device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors' one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def is_aligned(*matrices: Tensor) -> bool:
-    """Whether row-major matrices can be loaded in 16-byte pieces that the compiler knows of, or by TMA."""
-    return all(
-        matrix.data_ptr() % 16 == 0 and matrix.shape[1] % 16 == 0 and matrix.shape[1] > 0 for matrix in matrices
-    )
-
-
-def can_use_tma(*matrices: Tensor) -> bool:
-    """Whether row-major matrices meet TMA's rules, which ``is_aligned`` includes."""
-    return is_aligned(*matrices)
 
 
 def tile_source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
@@ -318,72 +235,6 @@ def rows_within(workspace_bytes: int, bytes_per_row: int, num_rows: int, block_r
     """Rows per launch that the workspace allows, a multiple of the row block and at least one of them."""
     rows = workspace_bytes // bytes_per_row // block_rows * block_rows
     return min(max(rows, block_rows), num_rows)
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def compile_case(
-    kernel: Any,
-    name: str,
-    *,
-    pointers: dict[str, str],
-    floats: tuple[str, ...],
-    constexprs: dict[str, Any],
-    blocks: Blocks,
-    is_gemm: bool,
-    divisible: tuple[str, ...] = (),
-) -> CompileCase:
-    """Describe a launch: pointer types by name, fp32 numbers, constants; every other argument is an int32."""
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-        else:
-            signature[argument] = pointers.get(argument, "fp32" if argument in floats else "i32")
-    unknown = (set(pointers) | set(floats) | set(constexprs) | set(divisible)) - set(kernel.arg_names)
-    assert not unknown, f"{name}: no such arguments {sorted(unknown)}"
-    return CompileCase(
-        kernel, name, signature, constexprs, blocks.num_warps, blocks.num_stages, is_gemm, divisible
-    )
-
-
-def compile_offline(case: CompileCase, capability: int) -> Any:
-    """Compile one case for sm_<capability> without a GPU, as a launch on 16-byte aligned tensors would."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = case.kernel.arg_names
-    aligned = [index for index, name in enumerate(names) if name in case.divisible or case.signature[name][0] == "*"]
-    source = ASTSource(
-        fn=case.kernel,
-        signature=case.signature,
-        constexprs=case.constexprs,
-        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def combine_case(num_sets_name: str, *, write_lse: bool, has_moment: bool) -> CompileCase:
-    """The combine kernel as one operation launches it."""
-    pointers = {name: "*fp32" for name in ("maxima", "totals", "labels", "logprobs")}
-    pointers["token_ids"] = "*i64"
-    constexprs = {"ROWS": 64, "TILES": 32, "WRITE_LSE": write_lse, "HAS_MOMENT": has_moment}
-    for name, wanted in (("moments", has_moment), ("lse", write_lse), ("entropy", has_moment)):
-        if wanted:
-            pointers[name] = "*fp32"
-        else:
-            constexprs[name] = None
-    return compile_case(
-        combine_kernel,
-        f"combine {num_sets_name}",
-        pointers=pointers,
-        floats=(),
-        constexprs=constexprs,
-        blocks=Blocks(64, 32, 0, num_warps=4, num_stages=3),
-        is_gemm=False,
-    )
 
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1.0) -> None:

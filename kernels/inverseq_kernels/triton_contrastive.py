@@ -20,20 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
-from inverseq_kernels.triton_common import (
+from inverseq_kernels.triton_blocks import (
     CONTRAST,
     CONTRAST_PAIR,
-    DTYPES,
     Blocks,
-    CompileCase,
-    add_dots,
-    cap,
     capability_of,
     choose_blocks,
-    combine,
-    combine_case,
-    compile_case,
     is_aligned,
+)
+from inverseq_kernels.triton_common import (
+    add_dots,
+    cap,
+    combine,
     load_bias,
     on_device,
     row_statistics,
@@ -41,6 +39,12 @@ from inverseq_kernels.triton_common import (
     store_label,
     tile_position,
     tile_source,
+)
+from inverseq_kernels.triton_compile import (
+    DTYPES,
+    CompileCase,
+    combine_case,
+    compile_case,
 )
 
 SMALLEST_ALPHA = tl.constexpr(2.0**-40)

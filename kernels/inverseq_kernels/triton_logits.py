@@ -11,24 +11,28 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from inverseq_kernels.triton_common import (
-    DTYPES,
-    EMPTY_MAX,
+from inverseq_kernels.triton_blocks import (
     GRADIENT,
     GRADIENT_RICH,
-    LOG2_E,
     STATISTICS,
     STATISTICS_RICH,
-    CompileCase,
+    choose_blocks,
+)
+from inverseq_kernels.triton_common import (
+    EMPTY_MAX,
+    LOG2_E,
     add_dots,
     cap,
-    choose_blocks,
-    combine_case,
-    compile_case,
     load_bias,
     row_statistics,
     store_label,
     tile_position,
+)
+from inverseq_kernels.triton_compile import (
+    DTYPES,
+    CompileCase,
+    combine_case,
+    compile_case,
 )
 
 

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
-from inverseq_kernels.triton_common import (
+from inverseq_kernels.triton_blocks import (
     GRADIENT,
     GRADIENT_RICH,
     STATISTICS,
@@ -28,8 +28,10 @@ from inverseq_kernels.triton_common import (
     Blocks,
     capability_of,
     choose_blocks,
-    combine,
     is_aligned,
+)
+from inverseq_kernels.triton_common import (
+    combine,
     matmul_into,
     on_device,
     rows_within,

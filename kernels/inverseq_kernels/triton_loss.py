@@ -23,24 +23,29 @@ from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
 from inverseq_kernels.torch_head import HeadSettings
-from inverseq_kernels.triton_common import (
+from inverseq_kernels.triton_blocks import (
     Blocks,
     capability_of,
-    combine,
+    choose_loss_blocks,
     is_aligned,
+)
+from inverseq_kernels.triton_common import (
+    combine,
+    matmul_into,
     on_device,
     tile_source,
 )
 from inverseq_kernels.triton_exponentials import (
-    choose_loss_blocks,
+    exponential_kernel,
+)
+from inverseq_kernels.triton_logprob import logprob_forward
+from inverseq_kernels.triton_rows import (
     choose_row_blocks,
     column_sum_kernel,
-    exponential_kernel,
     logit_gradient_kernel,
     row_factor_kernel,
     scale_rows_kernel,
 )
-from inverseq_kernels.triton_logprob import logprob_forward
 
 # The matrix of exponentials starts every row on a 128-byte line.
 PITCH_WORDS = 64
@@ -302,10 +307,10 @@ class _GradientSums:
             scaled = self.hidden[rows] if self.scaled is None else self.scaled[: gradient.shape[0]]
             self._scale_rows(hidden[rows], factors[0], scaled)
             beta = 0.0 if rows.start == 0 else 1.0
-            _matmul_into(self.weight[:num_valid], gradient.t(), scaled, beta=beta, alpha=self.unit)
+            matmul_into(self.weight[:num_valid], gradient.t(), scaled, beta=beta, alpha=self.unit)
         if self.hidden is not None:
             result = self.hidden[rows]
-            _matmul_into(result, gradient, weight[:num_valid], beta=0.0, alpha=self.unit)
+            matmul_into(result, gradient, weight[:num_valid], beta=0.0, alpha=self.unit)
             self._scale_rows(result, factors[1], result)
 
     def finish(self, undo_scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -337,14 +342,3 @@ class _GradientSums:
             ROWS=blocks.sum_rows,
             WORDS=blocks.sum_words,
         )
-
-
-def _matmul_into(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> None:
-    """out = beta * out + alpha * (left @ right), fp32 accumulation; beta 0 ignores what out holds."""
-    if not out.is_cuda and left.dtype != torch.float32:
-        product = (left.float() @ right.float()) * alpha
-        out.copy_(product) if beta == 0.0 else out.add_(product)
-    elif out.dtype == left.dtype:
-        torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.addmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
