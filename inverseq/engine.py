@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Engine(Protocol):
     """What the trainer needs of an engine. ``policy`` is called as ``policy(pack, targets, weights, denominator)``."""
 
     policy: nn.Module
+    names: list[str]  # of the trained weights, as the model has them
     num_updates: int
     device: torch.device
 
@@ -47,6 +48,14 @@ class Engine(Protocol):
 
     def release_full_model(self) -> None:
         """Free what ``full_model`` made beside the trained weights."""
+        ...
+
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """The trained weights by name on the host of rank 0; None where the policy's own model has them whole."""
+        ...
+
+    def load_named_state(self, read: Callable[[str], dict[str, Tensor]], num_updates: int) -> None:
+        """Restore fp32 masters and AdamW's moments, ``read(name)`` = {master, exp_avg, exp_avg_sq}."""
         ...
 
 
@@ -100,6 +109,7 @@ class TorchEngine:
         self.optim = optim
         self.num_updates = 0
         self.weights = [p for p in policy.parameters() if p.requires_grad]
+        self.names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.weights]
         self.optimizer = torch.optim.AdamW(
             self.masters,
@@ -145,6 +155,9 @@ class TorchEngine:
 
     def release_full_model(self) -> None:
         """Nothing was made."""
+
+    def full_weights(self) -> None:
+        """The model has them."""
 
     def _accumulate(self, pack, targets, plain_logprobs, loss_weights, denominator) -> Tensor:
         pack = pack.to(self.device)
@@ -205,3 +218,17 @@ class TorchEngine:
         masters = [m for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
         for master, saved in zip(masters, state["masters"], strict=True):
             master.copy_(saved)
+
+    @torch.no_grad()
+    def load_named_state(self, read: Callable[[str], dict[str, Tensor]], num_updates: int) -> None:
+        """Restore the state that many ranks have saved; see ``Engine.load_named_state``."""
+        for name, weight, master in zip(self.names, self.weights, self.masters, strict=True):
+            state = read(name)
+            master.copy_(state["master"])
+            weight.copy_(state["master"])
+            moments = {key: state[key].to(master.device).clone() for key in ("exp_avg", "exp_avg_sq")}
+            step = torch.tensor(float(num_updates), device=master.device if master.is_cuda else "cpu")
+            self.optimizer.state[master] = {"step": step, **moments}
+        self.num_updates = self.scheduler.last_epoch = num_updates
+        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
+            group["lr"] = self.optim.lr * factor(num_updates)

@@ -157,7 +157,7 @@ class DeepSpeedEngine:
     def train_step(self, step: TrainStep) -> StepMetrics:
         """Accumulate the gradients of the step's packs over all ranks, clip, update.
 
-        Raises NonFiniteError on all ranks, with the weights untouched, when the loss or the gradient norm is not finite.
+        Raises NonFiniteError on all ranks, with the weights untouched, when loss or gradient norm is not finite.
         """
         started = time.perf_counter()
         self.engine.train()
@@ -229,8 +229,10 @@ class DeepSpeedEngine:
             for weight in self.plain_copy.parameters():
                 weight.data = weight.data.new_empty(0)
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """The trained weights by name on the host of rank 0, gathered one after the other; nothing on other ranks."""
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """See ``Engine.full_weights``: under ZeRO-3 gathered one after the other; other ranks get none."""
+        if self.plain_copy is None:
+            return None
         found = {}
         for name, weight in self.policy.model.named_parameters():
             with self._gathered(weight):

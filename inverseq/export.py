@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic import atomic_directory, naming_file
@@ -20,10 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path | str, *, chat_template: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path | str,
+    *,
+    chat_template: str | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write model and tokenizer to the folder ``path``, replacing an older export whole, and return it.
 
+    ``weights`` are the model's by name where it does not hold them whole itself (a sharded engine's).
     ``chat_template`` is the template that training used where it is not the tokenizer's own.
     Raises OSError naming the folder when it cannot be written; the older export then stands as it was.
     """
@@ -35,7 +42,7 @@ def export_model(
     model.generation_config = _valid_generation_config(model)
     try:
         with atomic_directory(path) as folder, naming_file(path):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"could not write: {error}: '{path}'") from error

@@ -42,7 +42,9 @@ TABLE_WIDTH = 118  # where the output is no terminal
 class Progress:
     """Bars on a terminal's standard error, plain lines elsewhere; the table goes to standard output."""
 
-    def __init__(self):
+    def __init__(self, *, shown: bool = True):
+        """Nothing is shown with ``shown=False``, by ranks other than the first."""
+        self.shown = shown
         self.bars = Console(stderr=True)
 
     @contextmanager
@@ -51,7 +53,7 @@ class Progress:
         started = time.perf_counter()
         done = 0
         label = title if title == name else f"{title} {name}"
-        if self.bars.is_terminal:
+        if self.shown and self.bars.is_terminal:
             label_column, rate_column = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
             columns = (label_column, BarColumn(), MofNCompleteColumn(), rate_column)
             with LiveBars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.bars) as live:
@@ -72,10 +74,13 @@ class Progress:
         yield count_up
         duration_s = time.perf_counter() - started
         line = f"{label}: {total} samples in {duration_s:.1f} s ({total / duration_s:.1f}/s)"
-        print(line, file=sys.stderr, flush=True)
+        if self.shown:
+            print(line, file=sys.stderr, flush=True)
 
     def summary(self, run_dir: Path | str) -> None:
         """Print the table of the run's epochs and where the run is."""
+        if not self.shown:
+            return
         console = Console()
         if not console.is_terminal:
             console = Console(width=TABLE_WIDTH)

@@ -18,6 +18,9 @@ from .config_loading import config_differences, load_config, to_yaml
 __all__ = ["check_run_directory", "has_begun", "write_run_config"]
 
 RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
+RESUMABLE_KEYS += tuple(
+    f"engine.{key}" for key in ("kind", "zero_stage", "offload_optimizer", "offload_parameters", "frozen")
+)
 RESUMABLE_KEYS += tuple(f"sampling.server.{item.name}" for item in fields(ServerConfig) if item.name != "static")
 
 

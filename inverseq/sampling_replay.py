@@ -34,8 +34,10 @@ class ReplaySampler:
         if not files:
             raise ValueError(f"sampling.replay_path={config.replay_path!r}: no epoch_NNNN.jsonl of samples in there")
         for path in files:
-            for sample in read_samples(path).samples:
-                self.stored[replay_key(sample.rendered, sample.response.seed)].append(sample.response)
+            samples = read_samples(path).samples
+            seed = samples[0].response.seed  # rank 0's, which stands for the epoch; every rank has drawn with its own
+            for sample in samples:
+                self.stored[replay_key(sample.rendered, seed)].append(sample.response)
 
     def sync(self, policy: nn.Module, weights_step: int) -> None:
         """Stored responses do not depend on weights; each keeps the step of those that it was drawn from."""

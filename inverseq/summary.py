@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import torch
 from torch import Tensor
 
 from .records import PackedViews, ScoredSamples, StepMetrics, TrainStep
@@ -81,16 +80,12 @@ def response_metrics(scored: ScoredSamples) -> dict:
     }
 
 
-def held_out_row(held_out: ScoredSamples, packs: Sequence[PackedViews], logprobs: Sequence[Tensor]) -> dict:
-    """Mean of (log π̂ − log π_θ)² over the held-out actions, and how far the policy is from π_l on them."""
-    squared, kl = 0.0, 0.0
-    for pack, policy_logprobs in zip(packs, logprobs, strict=True):
-        rows = pack.action_rows(held_out.offsets)
-        squared += (held_out.targets[rows].double() - policy_logprobs.double()).square().sum().item()
-        kl += (policy_logprobs.double() - held_out.plain_logprobs[rows].double()).sum().item()
-    num_actions = int(held_out.offsets[-1])
-    assert num_actions == sum(torch.numel(x) for x in logprobs)
+def held_out_row(held_out: ScoredSamples, policy_logprobs: Tensor) -> dict:
+    """Mean of (log π̂ − log π_θ)² over the held-out actions, and how far the policy is from π_l on them.
+
+    ``policy_logprobs`` is log π_θ(y_t), [A] fp32 on the host, in the order of the held-out targets.
+    """
     return {
-        "held_out/mean_squared_log_ratio": squared / num_actions,
-        "held_out/mean_log_ratio_to_plain": kl / num_actions,
+        "held_out/mean_squared_log_ratio": (held_out.targets.double() - policy_logprobs).square().mean().item(),
+        "held_out/mean_log_ratio_to_plain": (policy_logprobs.double() - held_out.plain_logprobs).mean().item(),
     }

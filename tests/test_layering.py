@@ -14,10 +14,11 @@ PACKAGE = ROOT / "inverseq"
 KERNELS = ROOT / "kernels" / "inverseq_kernels"
 # What every stage may import, apart from the kernels.
 FOUNDATION = {"records", "config", "attention", "model", "packing", "atomic", "distributed"}
-FOUNDATION |= {"attention_layout", "attention_sdpa", "attention_varlen", "attention_flex"}  # attention's own files
+FOUNDATION |= {"attention_layout", "attention_sdpa", "attention_varlen", "attention_flex"}
+FOUNDATION |= {"fused_layers"}
 # Only these know the order of the stages, or read the configuration for all of them.
 COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "placement"}
-COMPOSING |= {"__init__", "__main__"}
+COMPOSING |= {"run_state", "__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
     {"sampling", "sampling_transformers", "sampling_replay", "sample_files", "freshness"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from inverseq import trainer
+from inverseq import run_state
 from inverseq.config_loading import load_config
 from inverseq.engine import NonFiniteError, TorchEngine
 from inverseq.model import load_model
@@ -144,7 +144,7 @@ def test_a_plain_model_with_an_unknown_head_is_refused(model_path, tmp_path, mon
             model.lm_head.register_forward_hook(lambda module, args, logits: 3.0 * logits)
         return model
 
-    monkeypatch.setattr(trainer, "load_model", load_with_scaled_logits)
+    monkeypatch.setattr(run_state, "load_model", load_with_scaled_logits)
     contrast = ["contrast.kind=model", f"contrast.plain_model={plain_path}", "contrast.principle="]
     paths = [f"model.path={model_path}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match="head is not supported"):

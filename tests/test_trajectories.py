@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from inverseq import atomic, checkpoint, trainer
+from inverseq import atomic, checkpoint, run_state, trainer
 from inverseq.checkpoint import check_checkpoint, latest_checkpoint, list_checkpoints
 from inverseq.config_loading import load_config
 from inverseq.engine import TorchEngine
@@ -131,7 +131,7 @@ ACCIDENTS = {
         lambda: before_call(trainer, "write_evaluation", 2, kill), 2, AT_END, own_samples=True
     ),
     "within the export": Accident(lambda: before_call(atomic, "_fsync_tree", 3, kill), 2, AT_END),
-    "disk full": Accident(lambda: before_call(trainer, "save_checkpoint", 2, fill_disk), 1, AT_END),
+    "disk full": Accident(lambda: before_call(run_state, "save_checkpoint", 2, fill_disk), 1, AT_END),
     "not a number": Accident(spoil_a_target, 1, AT_EPOCH_2 + 1),
 }
 

@@ -1,0 +1,207 @@
+"""What a run holds between its stages: made, saved and restored here, by one process or by all ranks together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint_sharded import is_sharded, load_named_checkpoint, save_sharded_checkpoint
+from .config import Config
+from .distributed import Ranks
+from .engine import Engine, TorchEngine
+from .engine_deepspeed import DeepSpeedEngine, check_deepspeed, shard_frozen
+from .memory import Placement
+from .memory_peaks import PeakMemory
+from .metrics import MetricsLog
+from .model import FrozenPair, check_head, enable_gradient_checkpointing, frozen_copy, load_model, resolve_device
+from .placement import place_run
+from .policy import Policy
+from .progress import Progress
+from .records import ScoredSamples
+from .resolve import Resolved
+from .sample_files import held_out_path, read_samples
+from .sampling import Sampler, make_sampler
+from .steps import step_sizes
+
+__all__ = ["State", "build_state", "restore", "save"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """Everything a run holds. ``epoch`` counts finished epochs; ``running_epoch`` is shown to the user."""
+
+    config: Config
+    ranks: Ranks
+    resolved: Resolved
+    run_dir: Path
+    engine: Engine
+    frozen: FrozenPair  # or an engine that shards it
+    sampler: Sampler
+    log: MetricsLog | None  # None on every rank but the first
+    progress: Progress
+    placement: Placement
+    memory: PeakMemory
+    held_out: ScoredSamples | None = None
+    epoch: int = 0
+    running_epoch: int = 0
+    durations_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.policy
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator:
+        """Show and time one phase of the epoch; yields the function that advances its bar."""
+        started = time.perf_counter()
+        described = f"epoch {self.running_epoch}/{self.config.epochs}"
+        with self.progress.phase(described, name, total) as advance, self.memory.phase(name):
+            yield advance
+        self.durations_s[f"{name}_duration_s"] = time.perf_counter() - started
+
+    @contextmanager
+    def frozen_on_device(self) -> Iterator[FrozenPair]:
+        """The frozen pair where it can be run; one that stands on the host is there on the device for a while."""
+        at_home = [(weight, weight.data) for weight in self.frozen.parameters()]
+        for weight, values in at_home if self.placement.frozen == "host" else ():
+            weight.data = values.to(self.engine.device, non_blocking=True)
+        try:
+            yield self.frozen
+        finally:
+            for weight, values in at_home if self.placement.frozen == "host" else ():
+                weight.data = values
+
+
+def build_state(resolved: Resolved, ranks: Ranks) -> State:
+    """Load the models where the placement says and make the engine, the sampler and the logs of a run."""
+    config = resolved.config
+    placement = place_run(resolved, world_size=ranks.world_size)  # ValueError when it cannot fit
+    kind = engine_kind(config, placement, ranks)
+    memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
+    initial = load_model(resolved.model_path, config.model)
+    check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
+    frozen = build_frozen(resolved, initial, placement)
+    if placement.gradient_checkpointing:
+        enable_gradient_checkpointing(initial)
+    policy = Policy(initial, resolved.num_valid_vocab, config.engine)
+    sampler = make_sampler(
+        config.sampling,
+        initial,
+        resolved.tokenizer,
+        num_valid_vocab=resolved.num_valid_vocab,
+        weights_dir=resolved.run_dir / "weights",
+        is_main=ranks.is_main,
+    )
+    updates = config.epochs * len(step_sizes(config.sampling.samples_per_epoch, config.optim.samples_per_step))
+    if kind == "torch":
+        engine = TorchEngine(policy, config.optim, updates)
+    else:
+        engine = DeepSpeedEngine(
+            policy,
+            config.optim,
+            updates,
+            ranks=ranks,
+            zero_stage=placement.zero_stage,
+            offload_optimizer=placement.offload_optimizer,
+            offload_parameters=placement.offload_parameters,
+            probe=resolved.probe_pack(),
+        )
+    return State(
+        config=config,
+        ranks=ranks,
+        resolved=resolved,
+        run_dir=resolved.run_dir,
+        engine=engine,
+        frozen=frozen,
+        sampler=sampler,
+        log=MetricsLog(resolved.run_dir, config.logging) if ranks.is_main else None,
+        progress=Progress(shown=ranks.is_main),
+        placement=placement,
+        memory=memory,
+    )
+
+
+def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
+    """ "torch" or "deepspeed"; ValueError when the one that is asked for cannot do what is asked of it."""
+    needs = {
+        f"{ranks.world_size} processes": ranks.world_size > 1,
+        "engine.offload_optimizer='cpu'": placement.offload_optimizer,
+        "engine.offload_parameters='cpu'": placement.offload_parameters,
+        "engine.frozen='sharded'": placement.frozen == "sharded",
+    }
+    asked = config.engine.kind
+    reasons = [need for need, is_needed in needs.items() if is_needed]
+    if asked == "torch" and reasons:
+        raise ValueError(f"engine.kind='torch': runs in one process without offload; {reasons[0]} needs deepspeed")
+    kind = asked if asked != "auto" else "deepspeed" if reasons else "torch"
+    if kind == "deepspeed":
+        check_deepspeed()
+    return kind
+
+
+def build_frozen(resolved: Resolved, initial: PreTrainedModel, placement: Placement) -> FrozenPair:
+    """π_w and π_l, from the initial policy and for the model contrast another model, where the placement says."""
+    better = plain = frozen_copy(initial)
+    if resolved.plain_model_path is not None:
+        plain = load_model(resolved.plain_model_path, resolved.config.model)
+        check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
+    frozen = FrozenPair(better, plain)
+    if placement.frozen == "sharded":
+        return shard_frozen(frozen)
+    if placement.frozen == "host" and initial.device.type == "cuda":
+        for weight in frozen.parameters():
+            weight.data = weight.data.cpu().pin_memory()
+    return frozen
+
+
+def save(state: State) -> None:
+    """Write the checkpoint of the epoch just finished."""
+    started = time.perf_counter()
+    common: dict[str, Any] = {
+        "progress": {"epoch": state.epoch, "prompts": state.resolved.prompts.state_dict()},
+        "keep_last": state.config.checkpoint.keep_last,
+    }
+    engine = state.engine
+    if isinstance(engine, TorchEngine):
+        path = save_checkpoint(
+            state.run_dir, state.epoch, model=state.policy.model, engine_state=engine.state_dict(), **common
+        )
+    else:
+        path = save_sharded_checkpoint(
+            state.run_dir,
+            state.epoch,
+            named_state=engine.named_state(),
+            num_updates=engine.num_updates,
+            ranks=state.ranks,
+            **common,
+        )
+    logger.info("checkpoint %s in %.1f s", path, time.perf_counter() - started)
+
+
+def restore(state: State, checkpoint: Path) -> None:
+    """Put the run back to where the checkpoint was written, by whichever engine and number of ranks."""
+    engine = state.engine
+    if isinstance(engine, TorchEngine) and not is_sharded(checkpoint):
+        engine_state, progress = load_checkpoint(checkpoint, model=state.policy.model)
+        engine.load_state_dict(engine_state)
+    else:
+        saved = load_named_checkpoint(checkpoint, names=engine.names, ranks=state.ranks)
+        engine.load_named_state(saved.read, saved.num_updates)
+        progress = saved.progress
+    state.resolved.prompts.load_state_dict(progress["prompts"])
+    state.epoch = state.running_epoch = progress["epoch"]
+    if state.log is not None:
+        state.log.truncate_after(state.epoch)
+    if state.resolved.prompts.held_out:
+        state.held_out = read_samples(held_out_path(state.run_dir), state.resolved.prompts.held_out)
+    logger.info("resumed %s behind epoch %d", state.run_dir, state.epoch)
