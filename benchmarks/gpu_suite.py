@@ -4,9 +4,9 @@
     PYTHONPATH=.:kernels python benchmarks/gpu_suite.py --smoke --out DIR        # tiny; also on a CPU
 
 From a source checkout with torch >= 2.11 and triton >= 3.6; nothing needs installing. In order: smoke over every
-kernel, correctness in bf16 against float64, ``pytest -m gpu``, compute-sanitizer where it exists, timing. Rows are on
-disk as they come (DIR/gpu_suite.json); a table and plots follow at the end. No new shape starts once the time
-budget is used up. Exit status 1 when anything but a timing failed.
+kernel, correctness in bf16 against float64, ``pytest -m gpu``, compute-sanitizer where it exists, timing, a short
+epoch_time.py (which needs the C++ packer). Rows are on disk as they come (DIR/gpu_suite.json); a table and plots
+follow at the end. No new shape starts once the time budget is used up. Exit status 1 when anything but a timing failed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import gpu_suite_contenders as contenders_module  # noqa: E402
 import inverseq_kernels  # noqa: E402
 from gpu_suite_contenders import LOGPROB, LOSS, TARGET, Contender, Inputs, Shape, Truth  # noqa: E402
 from gpu_suite_report import Results, command_line  # noqa: E402
-from gpu_suite_steps import run_gpu_tests, run_sanitizer  # noqa: E402
+from gpu_suite_steps import run_epoch_time, run_gpu_tests, run_sanitizer  # noqa: E402
 
 ALL_OPS = (LOSS, TARGET, LOGPROB)
 
@@ -50,6 +50,7 @@ SMOKE_SHAPES = (
 )
 CORRECTNESS_SHAPES = (Shape(8192, 32_000, 4096, ops=ALL_OPS), Shape(2048, 128_256, 4096, ops=ALL_OPS))
 LOGPROB_RMS = 1e-4  # nats
+EPOCH_TIME_S = 120.0  # the most that the last step may take
 GRADIENT_RATIO = 2.0  # times the error of eager PyTorch in the same dtype
 
 
@@ -96,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--smoke", action="store_true", help="every step on tiny shapes; also on a CPU")
-    parser.add_argument("--budget-s", type=float, default=460.0, help="no new shape after this (default: %(default)s)")
+    parser.add_argument("--budget-s", type=float, default=370.0, help="no new shape after this (default: %(default)s)")
     parser.add_argument("--kernels-only", action="store_true", help="only the smoke step (what the sanitizer runs)")
     arguments = parser.parse_args()
     clock = Clock(arguments.budget_s)
@@ -117,6 +118,8 @@ def main() -> int:
                 results.add(kind="budget", op="timing", passed=True, detail=f"stopped before {shape}")
                 break
             time_shape(shape, dtype, results, clock, reps=3 if arguments.smoke else 20)
+        clock.reset_memory()
+        run_epoch_time(results, arguments.out, tiny=arguments.smoke, limit_s=EPOCH_TIME_S)
     print(results.write_table())
     print("plots:", results.write_plots())
     failed = [row for row in results.rows if row.get("passed") is False]

@@ -1,4 +1,4 @@
-"""The steps of gpu_suite.py that are other programs: the GPU tests and compute-sanitizer."""
+"""The steps of gpu_suite.py that are other programs: the GPU tests, compute-sanitizer and a short epoch."""
 
 import importlib.util
 import os
@@ -38,6 +38,16 @@ def run_sanitizer(results: Results, folder: pathlib.Path) -> None:
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     environment = dict(os.environ, PYTHONPATH=path, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     _run_step(results, "sanitizer", "memcheck", command, limit_s=75.0, environment=environment, timeout_fails=False)
+
+
+def run_epoch_time(results: Results, folder: pathlib.Path, *, tiny: bool, limit_s: float) -> None:
+    """epoch_time.py over few samples, scoring and training beside the baseline; its files go to FOLDER/epoch_time."""
+    script = str(pathlib.Path(__file__).resolve().parent / "epoch_time.py")
+    model, count = ("tiny", "3") if tiny else ("llama-1b", "64")
+    command = [sys.executable, script, "--model", model, "--samples", count, "--reps", "1"]
+    command += ["--phases", "pack,score,train", "--out", str(folder.resolve() / "epoch_time")]
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    _run_step(results, "epoch_time", model, command, limit_s=limit_s, environment=environment, timeout_fails=False)
 
 
 def _run_step(
