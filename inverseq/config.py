@@ -17,6 +17,7 @@ __all__ = [
     "ContrastConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "LmdeployConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimConfig",
@@ -57,6 +58,7 @@ class ModelConfig:
     gradient_checkpointing: str | bool = option(
         "auto", "recompute activations in the backward pass: true, false; auto when the memory estimate asks for it"
     )
+    fused_layers: bool = option(False, "fused RMSNorm, rotary embedding and MLP of liger-kernel, on CUDA")
     trust_remote_code: bool = option(False, "run model code from the model's repository")
 
     def __post_init__(self):
@@ -147,9 +149,39 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class LmdeployConfig:
+    form: str = option("server", "server (lmdeploy serve api_server, started by the run) or pipeline (in this process)")
+    python: str = option("", "form=server: Python of the environment that LMDeploy is installed in; empty is this one")
+    engine: str = option("auto", "turbomind, pytorch; auto is TurboMind where it supports the architecture")
+    weights: str = option("reload", "reload from a saved export, or update in memory (engine=pytorch; needs ray)")
+    cache_fraction: float = option(0.8, "share of the GPU memory that is free when the engine starts, for its cache")
+    timeout_s: float = option(600.0, "seconds until a response that does not come makes the engine count as lost")
+    start_s: float = option(900.0, "seconds that the engine may take to start")
+    retries: int = option(2, "how often a response is asked for again, or a lost engine started again")
+    weights_dir: str = option("", "folder that new weights are written to; empty is RUN/weights")
+
+    def __post_init__(self):
+        one_of("sampling.lmdeploy.form", self.form, ("server", "pipeline"))
+        one_of("sampling.lmdeploy.engine", self.engine, ("auto", "turbomind", "pytorch"))
+        one_of("sampling.lmdeploy.weights", self.weights, ("reload", "update"))
+        key = "sampling.lmdeploy.python"
+        require(not self.python or self.form == "server", key, self.python, "nothing with form=pipeline")
+        key = "sampling.lmdeploy.weights"
+        is_able = self.weights != "update" or self.engine == "pytorch"
+        require(is_able, key, self.weights, "reload unless sampling.lmdeploy.engine=pytorch")
+        fraction = self.cache_fraction
+        require(0 < fraction < 1, "sampling.lmdeploy.cache_fraction", fraction, "a share between 0 and 1")
+        require(self.retries >= 0, "sampling.lmdeploy.retries", self.retries, "0 or more")
+        for key in ("timeout_s", "start_s"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"sampling.lmdeploy.{key}", value, "a positive number of seconds")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     backend: str = option(
-        "transformers", "transformers (continuous batching on the policy's weights), server (OpenAI-compatible), replay"
+        "transformers",
+        "transformers (continuous batching on the policy's weights), lmdeploy, server (OpenAI-compatible), replay",
     )
     max_new_tokens: int = option(1024, "longest response; longer ones are cut and count as truncated")
     samples_per_epoch: int = option(500, "responses drawn in an epoch")
@@ -164,9 +196,10 @@ class SamplingConfig:
     )
     overlap: bool = option(False, "score finished samples while others are still being generated")
     server: ServerConfig = field(default_factory=ServerConfig)
+    lmdeploy: LmdeployConfig = field(default_factory=LmdeployConfig)
 
     def __post_init__(self):
-        one_of("sampling.backend", self.backend, ("transformers", "server", "replay"))
+        one_of("sampling.backend", self.backend, ("transformers", "server", "lmdeploy", "replay"))
         gap = self.max_logprob_gap
         require(0 <= gap < math.inf, "sampling.max_logprob_gap", gap, "0 or more nats")
         if self.backend == "server":
@@ -191,11 +224,20 @@ class SamplingConfig:
 class PackingConfig:
     train_tokens: int = option(4096, "token budget of a training pack (micro-batch)")
     score_tokens: int = option(16384, "token budget of a scoring pack")
-    share_prefix: bool = option(False, "emit a prefix common to all sequences of a pack once")
+    share_prefix: str | bool = option(
+        "auto", "score a principle that all samples share once per pack: true, false; auto where it has measured faster"
+    )
 
     def __post_init__(self):
         for key in ("train_tokens", "score_tokens"):
             require(0 < getattr(self, key) <= 2**24, f"packing.{key}", getattr(self, key), "1 … 2²⁴")
+        one_of("packing.share_prefix", str(self.share_prefix).lower(), ("auto", "true", "false"))
+
+    def shares_prefix(self, device_type: str, num_views: int) -> bool:
+        """Whether scoring packs emit a shared prefix once. ``auto``: for a principle, on CPUs; CUDA is not measured."""
+        if str(self.share_prefix).lower() == "auto":
+            return device_type == "cpu" and num_views > 1
+        return str(self.share_prefix).lower() == "true"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .attention import ATTENTION_NAME, AttentionLayout, attention_layout, check_backend
 from .config import ModelConfig
+from .fused_layers import check_fused_layers, fuse_layers
 from .records import PackedViews
 
 __all__ = [
@@ -55,10 +56,12 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 
     Dropout is off because targets and policy must be the same function of the weights: with it, a policy equal to
     its target would have a loss. Raises ValueError when the weights cannot be read or are not all there: what is
-    missing would otherwise be made up at random; and when ``model.attention`` cannot serve on the device.
+    missing would otherwise be made up at random; and when ``model.attention`` or ``model.fused_layers`` cannot be had.
     """
     device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
     check_backend(config.attention, device, dtype)
+    if config.fused_layers:
+        check_fused_layers(device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -83,6 +86,8 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         if getattr(module, "attention_dropout", 0.0):
             module.attention_dropout = 0.0
     model.packed_attention_backend = config.attention
+    if config.fused_layers:
+        fuse_layers(model)
     return model.to(device).eval()
 
 

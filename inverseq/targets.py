@@ -9,6 +9,7 @@ forward runs, the next pack is written and copied, and only then is the result b
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from inverseq_kernels import contrastive_logprob
 from torch import Tensor
 
-from .config import Config
+from .config import Config, PackingConfig
 from .distributed import Ranks
 from .model import FrozenPair, action_hidden, head_of
 from .packing import FlatSamples, pack_views, plan_packs, view_lengths, write_pack
@@ -48,12 +49,14 @@ def score_targets(
     plain_A = torch.full((int(offsets[-1]),), float("nan"))
     plan, contrast = (_packs_together, _contrast_views) if frozen.shares_weights else (_packs_apart, _contrast_models)
     device = next(frozen.parameters()).device
+    share_prefix = config.packing.shares_prefix(device.type, len(samples[0].rendered.prefix_ids) if samples else 1)
+    packing = dataclasses.replace(config.packing, share_prefix=share_prefix)
     scored = []
     # Weights that are gathered for one forward cannot be inference tensors.
     with torch.inference_mode() if type(frozen) is FrozenPair else torch.no_grad():
         results = (
             (packs[-1], *frozen(contrast, moved, config, num_valid_vocab))
-            for packs, moved in _copied_ahead(plan(samples, config, num_valid_vocab, ranks), device)
+            for packs, moved in _copied_ahead(plan(samples, packing, num_valid_vocab, ranks), device)
         )
         for pack, pack_targets, pack_plain in _read_behind(results, device):
             if not pack.is_dummy:
@@ -100,14 +103,16 @@ def _arrived(pack: PackedViews, hosts: list[Tensor], copied: torch.cuda.Event | 
     return (pack, *hosts)
 
 
-def _packs_together(samples, config: Config, num_valid_vocab: int, ranks: Ranks) -> Iterator[tuple[PackedViews, ...]]:
+def _packs_together(
+    samples, packing: PackingConfig, num_valid_vocab: int, ranks: Ranks
+) -> Iterator[tuple[PackedViews, ...]]:
     """A rank's packs that hold all views of their samples."""
     num_views = len(samples[0].rendered.prefix_ids) if samples else 1
     for pack in pack_views(
         samples,
         tuple(range(num_views)),
-        token_budget=config.packing.score_tokens,
-        share_prefix=config.packing.share_prefix,
+        token_budget=packing.score_tokens,
+        share_prefix=packing.share_prefix,
         num_valid_vocab=num_valid_vocab,
         num_ranks=ranks.world_size,
         rank=ranks.rank,
@@ -115,12 +120,14 @@ def _packs_together(samples, config: Config, num_valid_vocab: int, ranks: Ranks)
         yield (pack,)
 
 
-def _packs_apart(samples, config: Config, num_valid_vocab: int, ranks: Ranks) -> Iterator[tuple[PackedViews, ...]]:
+def _packs_apart(
+    samples, packing: PackingConfig, num_valid_vocab: int, ranks: Ranks
+) -> Iterator[tuple[PackedViews, ...]]:
     """A rank's pairs of packs of the same samples, one for each model."""
     num_views = len(samples[0].rendered.prefix_ids) if samples else 1
     lengths = np.max([view_lengths(samples, (view,)) for view in range(num_views)], axis=0)
-    plan = plan_packs(lengths, token_budget=config.packing.score_tokens, num_ranks=ranks.world_size)
-    flat, share_prefix = FlatSamples.of(samples), config.packing.share_prefix
+    plan = plan_packs(lengths, token_budget=packing.score_tokens, num_ranks=ranks.world_size)
+    flat, share_prefix = FlatSamples.of(samples), packing.share_prefix
     for indices in plan.packs(0, ranks.rank):
         yield tuple(
             write_pack(flat, indices, (view,), share_prefix=share_prefix, num_valid_vocab=num_valid_vocab)

@@ -266,7 +266,7 @@ def assert_one_loss_curve(run_dir: Path, whole: Path, *, atol: float) -> None:
 VARIANTS = {
     "accumulation of many packs": ["packing.train_tokens=64"],
     "small scoring packs": ["packing.score_tokens=128"],
-    "shared prefixes": ["packing.share_prefix=true"],
+    "repeated prefixes": ["packing.share_prefix=false"],
     "gradient checkpointing": ["model.gradient_checkpointing=true"],
 }
 
