@@ -1,0 +1,158 @@
+"""A stand-in judge for tests: an OpenAI-compatible server on loopback that answers as a function says, faults included.
+
+``JudgeServer(answer)`` calls ``answer(text, number)`` with the text of the question and the number of the request (from
+0) and sends what it returns: a str (the judge's words) or one of the faults below. It keeps every question it was sent,
+and those that it answered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+__all__ = ["CutOff", "Hang", "JudgeServer", "Raw", "Refusal", "Status", "by_length", "first_shown", "shown_answers"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """An error status."""
+
+    code: int
+    retry_after: str | None = None
+    body: str = '{"error": {"message": "planted", "code": "planted"}}'
+
+
+@dataclass(frozen=True)
+class Hang:
+    """No answer for so long; then one."""
+
+    seconds: float
+    text: str = "[[A]]"
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """An answer that ended at the length limit."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    text: str
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A body that is no chat completion; half of it when ``broken``: the connection ends early."""
+
+    body: str
+    content_type: str = "application/json"
+    broken: bool = False
+
+
+def shown_answers(text: str) -> tuple[str, str]:
+    """The answers that a question shows, in the order shown."""
+    found = re.search(
+        r"^--- (\w+) answer A ---\n(.*?)\n--- \1 answer B ---\n(.*?)\n--- \1 end ---$", text, re.DOTALL | re.MULTILINE
+    )
+    return found[2], found[3]
+
+
+def by_length(text: str, number: int = 0) -> str:
+    """A judge who prefers the longer answer."""
+    first, second = shown_answers(text)
+    return "The longer one.\n[[A]]" if len(first) > len(second) else "The longer one.\n[[B]]"
+
+
+def first_shown(text: str, number: int = 0) -> str:
+    """A judge who prefers what is shown first."""
+    return "The first one.\n\n[[A]]"
+
+
+@dataclass
+class JudgeServer:
+    """Use as a context manager; ``url`` is what ``--base-url`` takes."""
+
+    answer: Callable[[str, int], object]
+    asked: list[str] = field(default_factory=list)
+    answered: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    bodies: list[dict] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    most_at_once: int = 0
+
+    def __enter__(self) -> JudgeServer:
+        outer, lock = self, threading.Lock()
+        running = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                nonlocal running
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                text = body["messages"][-1]["content"]
+                with lock:
+                    number = len(outer.asked)
+                    outer.asked.append(text)
+                    outer.bodies.append(body)
+                    outer.headers.append(dict(self.headers))
+                    outer.times.append(time.monotonic())
+                    running += 1
+                    outer.most_at_once = max(outer.most_at_once, running)
+                try:
+                    self.reply(outer.answer(text, number), text, body["model"])
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client has gone
+                finally:
+                    with lock:
+                        running -= 1
+
+            def reply(self, answer, text, model):
+                if isinstance(answer, Hang):
+                    time.sleep(answer.seconds)
+                    answer = answer.text
+                if isinstance(answer, Status):
+                    extra = {"retry-after": answer.retry_after} if answer.retry_after else {}
+                    return self.send(answer.code, answer.body, "application/json", extra)
+                if isinstance(answer, Raw):
+                    return self.send(200, answer.body, answer.content_type, {}, broken=answer.broken)
+                message = {"role": "assistant", "content": answer}
+                if isinstance(answer, CutOff):
+                    message["content"] = answer.text
+                if isinstance(answer, Refusal):
+                    message |= {"content": None, "refusal": answer.text}
+                reason = "length" if isinstance(answer, CutOff) else "stop"
+                choice = {"index": 0, "message": message, "finish_reason": reason}
+                completion = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+                self.send(200, json.dumps(completion), "application/json", {})
+                with lock:
+                    outer.answered.append(text)
+
+            def send(self, code, body, content_type, extra, broken=False):
+                content = body.encode()
+                self.send_response(code)
+                for name, value in {"content-type": content_type, **extra}.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2] if broken else content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
