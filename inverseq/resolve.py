@@ -27,6 +27,7 @@ from .prompts import PromptStream, ReadReport, load_prompts
 from .records import PackedViews, Prompt, RenderedPrompt, Response, Sample
 from .run_directory import check_run_directory
 from .sample_files import eval_path, read_evaluation
+from .sampling_lmdeploy import check_lmdeploy
 from .sampling_replay import sample_files_of
 from .sampling_server_client import check_server
 from .small_model import MODEL_NAME, small_model_path
@@ -161,6 +162,8 @@ def check_environment(config: Config) -> None:
         raise ValueError(f"sampling.replay_path={config.sampling.replay_path!r}: no samples/epoch_NNNN.jsonl in there")
     if config.sampling.backend == "server":
         check_server(config.sampling.server)
+    if config.sampling.backend == "lmdeploy":
+        check_lmdeploy(config.sampling)
 
 
 def resolve_model_path(key: str, name: str) -> str:

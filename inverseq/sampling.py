@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import SamplingConfig
 from .freshness import ProbeAnswer
 from .records import RenderedPrompt, Response, Sample
+from .sampling_lmdeploy import LmdeploySampler, check_lmdeploy
 from .sampling_replay import ReplaySampler
 from .sampling_server import ServerSampler
 from .sampling_transformers import TransformersSampler, stop_token_ids
@@ -79,6 +80,16 @@ def make_sampler(
             stop_ids=stop_token_ids(model, tokenizer),
             num_valid_vocab=num_valid_vocab,
             weights_dir=weights_dir,
+            is_main=is_main,
+        )
+    if config.backend == "lmdeploy":
+        check_lmdeploy(config)
+        return LmdeploySampler(
+            config,
+            tokenizer,
+            stop_ids=stop_token_ids(model, tokenizer),
+            num_valid_vocab=num_valid_vocab,
+            weights_dir=weights_dir or Path("weights"),
             is_main=is_main,
         )
     return TransformersSampler(config, model, tokenizer, num_valid_vocab=num_valid_vocab)

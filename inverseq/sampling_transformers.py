@@ -36,7 +36,7 @@ from .records import RenderedPrompt, Response
 from .sampling_attention import PAGED_ATTENTION_NAME, paged_attention_is_supported
 from .sampling_noise import gumbel_noise, prompt_keys
 
-__all__ = ["TransformersSampler", "stop_token_ids"]
+__all__ = ["TransformersSampler", "data_parallel_rank", "stop_token_ids"]
 
 # The engine tells its life story at INFO, four times an epoch; warnings and errors are let through.
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)

@@ -23,7 +23,7 @@ COMPOSING |= {"run_state", "__init__", "__main__"}
 STAGES_OF_SEVERAL_FILES = [
     {"sampling", "sampling_transformers", "sampling_replay", "sample_files", "freshness"}
     | {"sampling_attention", "sampling_noise", "sampling_lmdeploy", "sampling_lmdeploy_pipeline"}
-    | {"sampling_lmdeploy_server", "sampling_lmdeploy_client", "sampling_lmdeploy_weights"}
+    | {"sampling_lmdeploy_server", "sampling_lmdeploy_client", "sampling_lmdeploy_weights", "sampling_lmdeploy_guard"}
     | {"sampling_server", "sampling_server_client", "sampling_server_protocol", "sampling_server_weights"},
     {"metrics", "progress"},
     {"policy", "engine", "engine_deepspeed"},
