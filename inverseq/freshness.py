@@ -24,6 +24,7 @@ from inverseq_kernels import linear_logprob
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .distributed import Ranks
 from .model import action_hidden, head_of
 from .packing import write_pack
 from .records import RenderedPrompt, Response, Sample
@@ -67,25 +68,29 @@ class Freshness:
         self.num_valid_vocab = num_valid_vocab
         self.max_gap = max_gap
         self.previous: tuple[int, bytes, Tensor] | None = None  # step, token ids and log π_θ of the sync before
+        self.row: dict[str, float] = {}  # metrics of the last sync
 
-    def sync(self, sampler: Any, model: PreTrainedModel, weights_step: int) -> dict[str, float]:
-        """Give the engine the model's weights and check that it answers with them; metrics of both.
+    def sync(self, sampler: Any, model: PreTrainedModel, weights_step: int, ranks: Ranks | None = None) -> None:
+        """Give the engine the model's weights and check that it answers with them; ``row`` tells how well.
 
+        All ranks call it together: one engine may answer them all, and has the weights when its rank has synced.
         Raises StaleWeightsError when it does not, unless the engine's weights are declared static, and whatever the
         engine raises. An engine without ``probe`` (replay) has no weights to compare.
         """
         started = time.perf_counter()
         sampler.sync(model, weights_step)
-        row = {"sync_duration_s": time.perf_counter() - started}
+        if ranks is not None:
+            ranks.barrier()
+        self.row = {"sync_duration_s": time.perf_counter() - started}
         if not hasattr(sampler, "probe"):
-            return row
+            return
 
         def check() -> dict[str, float]:
             return self.check(sampler, model, weights_step)
 
         if hasattr(sampler, "recheck"):
             sampler.recheck = check  # after an interruption the engine may be back with other weights
-        return row | {"weights_lag_steps": weights_step - sampler.weights_step} | check()
+        self.row |= {"weights_lag_steps": weights_step - sampler.weights_step} | check()
 
     def check(self, sampler: Any, model: PreTrainedModel, weights_step: int) -> dict[str, float]:
         """Metrics of one probe; see ``sync``."""

@@ -18,6 +18,7 @@ from .config import Config
 from .distributed import Ranks
 from .engine import Engine, TorchEngine
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed, shard_frozen
+from .freshness import Freshness
 from .memory import Placement
 from .memory_peaks import PeakMemory
 from .metrics import MetricsLog
@@ -29,6 +30,7 @@ from .records import ScoredSamples
 from .resolve import Resolved
 from .sample_files import held_out_path, read_samples
 from .sampling import Sampler, make_sampler
+from .sampling_transformers import stop_token_ids
 from .steps import step_sizes
 
 __all__ = ["State", "build_state", "restore", "save"]
@@ -47,6 +49,7 @@ class State:
     engine: Engine
     frozen: FrozenPair  # or an engine that shards it
     sampler: Sampler
+    freshness: Freshness
     log: MetricsLog | None  # None on every rank but the first
     progress: Progress
     placement: Placement
@@ -124,6 +127,13 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
         engine=engine,
         frozen=frozen,
         sampler=sampler,
+        freshness=Freshness(
+            resolved.prompts.training[0],
+            resolved.tokenizer,
+            stop_ids=stop_token_ids(initial, resolved.tokenizer),
+            num_valid_vocab=resolved.num_valid_vocab,
+            max_gap=config.sampling.max_logprob_gap,
+        ),
         log=MetricsLog(resolved.run_dir, config.logging) if ranks.is_main else None,
         progress=Progress(shown=ranks.is_main),
         placement=placement,

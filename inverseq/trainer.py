@@ -107,7 +107,8 @@ def run_epoch(state: State, config: Config) -> None:
     row |= response_metrics(scored)
     row |= measure_held_out(state)
     row["sample_tokens_per_second"] = row["num_actions"] / state.durations_s["sample_duration_s"]
-    row |= state.memory.row() | state.durations_s | {"epoch_duration_s": time.perf_counter() - started}
+    row |= state.freshness.row | state.memory.row() | state.durations_s
+    row["epoch_duration_s"] = time.perf_counter() - started
     state.epoch = epoch
     if state.log is not None:
         state.log.epoch(row)
@@ -124,7 +125,7 @@ def sample_epoch(state: State, prompts: Sequence[RenderedPrompt], epoch: int, pu
     seed = derive_seed(config.seed, epoch, purpose, seed_rank)
     share = ranks.share(prompts)
     with state.phase("sample", len(share)) as advance:
-        sampler.sync(state.engine.full_model(), state.engine.num_updates)
+        state.freshness.sync(sampler, state.engine.full_model(), state.engine.num_updates, state.ranks)
         samples = sample_responses(sampler, share, seed=seed, advance=advance)
         state.engine.release_full_model()
         return ranks.unshare(samples)
@@ -156,7 +157,7 @@ def measure_before_training(state: State) -> None:
             write_samples(held_out_path(state.run_dir), state.held_out, state.resolved.tokenizer)
         row |= measure_held_out(state)
     if state.log is not None:
-        state.log.epoch(row | state.durations_s)
+        state.log.epoch(row | state.freshness.row | state.durations_s)
 
 
 def measure_held_out(state: State) -> dict[str, float]:

@@ -58,7 +58,8 @@ class Trainer:
         )
 
     def sync(self, step: int) -> dict[str, float]:
-        return self.freshness.sync(self.sampler, self.model, step)
+        self.freshness.sync(self.sampler, self.model, step)
+        return self.freshness.row
 
     def change_weights(self) -> None:
         """Other weights, under which other words are the most probable."""
