@@ -1,13 +1,15 @@
 """An epoch on other GPUs, projected from a measured one-GPU row by stated assumptions. Never a measurement.
 
 Training and scoring take the FLOPs of each rank's packs at the peak rate of the target times the measured MFU; ZeRO-3
-moves weights twice and gradients once a micro-step over NVLink; sampling reads the weights once per token of the
-longest response, and the keys and values of all running sequences. What is left out is printed too.
+moves weights twice and gradients once a micro-step over NVLink; sampling reads the weights once per decoding step,
+of which the longest response sets the least number, and the keys and values of all running sequences. What is left
+out is printed too.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from epoch_time_inputs import PRINCIPLE_TOKENS as PRINCIPLE
 from epoch_time_report import CHIPS, Chip, chip_of
 
 from inverseq.atomic import write_json
-from inverseq.memory import model_size
+from inverseq.config import SamplingConfig
+from inverseq.memory import ModelSize, model_size
 from inverseq.packing import plan_packs
 
 __all__ = ["Source", "project", "read_source", "run"]
@@ -83,13 +86,18 @@ def decode_efficiency(row: dict | None) -> float | None:
     return sampling_bound(PRESETS[row["model"]], prompts + PLAIN, responses, chip) / (row["ms"] / 1e3)
 
 
+@functools.cache
+def size_of(shape: Architecture) -> ModelSize:
+    return model_size(shape.config())
+
+
 def sampling_bound(shape: Architecture, prompts: np.ndarray, responses: np.ndarray, chip: Chip) -> float:
-    """Seconds in which one GPU reads weights and caches for a batch that decodes together."""
-    size = model_size(shape.config())
+    """Seconds in which one GPU reads weights and caches while it decodes all prompts, at most 64 at a time."""
+    size = size_of(shape)
     cache_bytes = 2 * size.num_layers * size.key_value_width * WEIGHT_BYTES
     # Token t of a response attends to its prompt and the t tokens before it.
     read = float((responses * prompts + responses * (responses - 1) / 2).sum()) * cache_bytes
-    steps = int(responses.max()) if len(responses) else 0
+    steps = max(int(responses.max()), -(-int(responses.sum()) // SamplingConfig().batch_size))
     return (steps * WEIGHT_BYTES * size.num_parameters + read) / chip.memory_bytes_per_second
 
 
@@ -97,7 +105,7 @@ def flops_of(
     shape: Architecture, lengths: np.ndarray, num_actions: np.ndarray, *, factor: int, dots: int
 ) -> np.ndarray:
     """FLOPs of each sample: factor (P T + dots V D A + layers Q T²); see epoch_time_report."""
-    size = model_size(shape.config())
+    size = size_of(shape)
     backbone = size.num_parameters - size.vocab * size.hidden * (1 if shape.tied else 2)
     lengths = lengths.astype(np.float64)
     logits = dots * size.vocab * size.hidden * num_actions
@@ -119,7 +127,7 @@ class Epoch:
 def project(source: Source, *, model: str, num_gpus: int, chip: Chip) -> Epoch:
     """An epoch of 500 samples of ``model`` on ``num_gpus`` of ``chip``."""
     shape = PRESETS[model]
-    parameters = model_size(shape.config()).num_parameters
+    parameters = size_of(shape).num_parameters
     prompts, responses = hh_lengths(NUM_SAMPLES, seed=0, response_scale=source.response_scale)
     policy = PLAIN + prompts + responses - 1
     train_flops = flops_of(shape, policy, responses, factor=6, dots=1)
@@ -176,8 +184,9 @@ def assumptions(source: Source, epoch: Epoch, *, model: str, num_gpus: int, name
         f"over NVLink at {chip.nvlink_bytes_per_second / 2e9:.0f} GB/s each way "
         f"({chip.nvlink_bytes_per_second / 1e9:.0f} GB/s both ways); best case hidden behind compute, worst not",
         f"frozen weights stand whole on every GPU: scoring communicates nothing; {num_gpus} GPUs share samples evenly",
-        f"sampling: each of {num_gpus} GPUs decodes its {-(-NUM_SAMPLES // num_gpus)} prompts together, one step per "
-        f"token of the longest response, reading the weights ({WEIGHT_BYTES} bytes a parameter) and all caches at "
+        f"sampling: each of {num_gpus} GPUs decodes its {-(-NUM_SAMPLES // num_gpus)} prompts, "
+        f"{SamplingConfig().batch_size} at a time and at least one step per token of the longest response, reading the "
+        f"weights ({WEIGHT_BYTES} bytes a parameter) and all caches at "
         f"{chip.memory_bytes_per_second / 1e12:.2f} TB/s; {sampling}; reading prompts is not counted",
         f"the optimizer moves {OPTIMIZER_BYTES} bytes a parameter, sharded; weights for sampling are gathered once",
         "not counted: checkpoints, evaluation, packing, start-up, other programs on the machine",
