@@ -1,0 +1,116 @@
+"""Whole runs that are sampled by a server: what they record, and how they stop and go on when it fails."""
+
+import json
+
+import pytest
+
+from inverseq import sampling_server_client
+from inverseq.config_loading import load_config
+from inverseq.freshness import StaleWeightsError
+from inverseq.sample_files import read_samples
+from inverseq.sampling_server import ServerError
+from inverseq.trainer import train
+from tests.fault_proxy import Fault, FaultProxy
+from tests.serving import shared_server
+from tests.tiny_words import EOS, make_word_model, write_word_prompts
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_word_model(folder / "model", scale=0.3)
+    write_word_prompts(folder / "prompts.jsonl", 30)
+    (folder / "principle.txt").write_text("w1 w2 w3")
+    return folder
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    monkeypatch.setattr(sampling_server_client, "FIRST_PAUSE_S", 0.05)
+    with FaultProxy(shared_server().root) as running:
+        yield running
+
+
+def overrides(inputs, run_dir, proxy, *more):
+    server = {
+        "url": f"{proxy.root}/v1",
+        "model": "{model_dir}",
+        "dialect": "transformers",
+        "prompts": "text",
+        "refresh_url": f"{proxy.root}/reset",
+        "retries": 1,
+        "concurrency": 4,
+    }
+    options = [
+        f"model.path={inputs / 'model'}",
+        "model.device=cpu",
+        f"prompts.path={inputs / 'prompts.jsonl'}",
+        "prompts.held_out=4",
+        f"contrast.principle={inputs / 'principle.txt'}",
+        "sampling.backend=server",
+        "sampling.samples_per_epoch=8",
+        "sampling.max_new_tokens=6",
+        "packing.train_tokens=512",
+        "packing.score_tokens=1024",
+        "optim.lr=3e-2",
+        "optim.samples_per_step=4",
+        "logging.tensorboard=false",
+        "epochs=2",
+        f"run_dir={run_dir}",
+        *(f"sampling.server.{key}={value}" for key, value in server.items()),
+    ]
+    replaced = {item.partition("=")[0] for item in more}
+    return [*(item for item in options if item.partition("=")[0] not in replaced), *more]
+
+
+def rows(run_dir, kind):
+    parsed = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in parsed if row["kind"] == kind]
+
+
+def test_a_run_trains_on_what_the_server_sampled_with_the_weights_of_the_moment(inputs, tmp_path, proxy):
+    run_dir = train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, "evaluation.every=2")))
+    epochs = rows(run_dir, "epoch")
+    assert [row["probe_greedy_gap"] < 1e-5 for row in epochs] == [True] * 3
+    assert [row["weights_lag_steps"] for row in epochs] == [0, 0, 0]
+    assert proxy.num_refreshes == 3  # steps 0, 2 and 4; the held-out prompts and the first epoch share step 0
+    for epoch, step in ((1, 0), (2, 2)):
+        for sample in read_samples(run_dir / "samples" / f"epoch_{epoch:04d}.jsonl").samples:
+            response = sample.response
+            assert (response.engine, response.weights_step) == ("server", step)
+            assert (response.token_ids[-1] == EOS) == (response.finish_reason == "stop")
+    assert (run_dir / "eval" / "epoch_0002.jsonl").exists()
+
+
+def test_a_server_that_fails_stops_the_run_at_its_checkpoint_and_resume_loses_and_doubles_nothing(
+    inputs, tmp_path, proxy
+):
+    options = overrides(inputs, tmp_path / "run", proxy)
+    refused = 2 + 4 + 8 + 2 + 3  # probes, held-out prompts, the first epoch, its probe, and a part of the second
+    proxy.plan = {number: Fault(status=500) for number in range(refused, 500)}
+    with pytest.raises(ServerError, match=rf"{proxy.root}/v1: prompt .* is given up, \d of 8 prompts are unanswered"):
+        train(load_config("demo", options))
+    run_dir = tmp_path / "run"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["epoch_0001"]
+    assert not (run_dir / "samples" / "epoch_0002.jsonl").exists() and len(rows(run_dir, "step")) == 2
+
+    proxy.plan = {}
+    train(load_config("demo", overrides(inputs, run_dir, proxy, "sampling.server.retries=3")), resume=True)
+    assert [row["num_samples"] for row in rows(run_dir, "step")] == [4, 4, 4, 4]
+    assert [row["epoch"] for row in rows(run_dir, "epoch")] == [0, 1, 2]
+    whole = [item for item in options if not item.startswith(("sampling.server", "sampling.backend", "run_dir"))]
+    other = train(load_config("demo", [*whole, f"run_dir={tmp_path / 'other'}"]))
+    for epoch in (1, 2):
+        ours, theirs = (
+            [s.rendered.prompt.id for s in read_samples(path / "samples" / f"epoch_{epoch:04d}.jsonl").samples]
+            for path in (run_dir, other)
+        )
+        assert ours == theirs and len(set(ours)) == 8
+
+
+def test_a_server_with_old_weights_stops_the_run(inputs, tmp_path, proxy):
+    initial = inputs / "model"
+    options = overrides(inputs, tmp_path / "run", proxy, f"sampling.server.model={initial}")
+    with pytest.raises(StaleWeightsError, match="does not answer with the weights of step 2"):
+        train(load_config("demo", options))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0001"]
