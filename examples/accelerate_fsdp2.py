@@ -1,0 +1,39 @@
+"""A training loop of one's own on accelerate and FSDP2, any number of processes, CPU or GPU.
+
+torchrun --nproc-per-node 2 examples/accelerate_fsdp2.py MODEL [steps]
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from inverseq.integrations.causal_lm import CausalLMLogprobs
+
+TEXTS = ["The earth is almost a sphere.", "Seven is a prime number and nine is not."]
+
+
+def main(model_path: str, steps: int = 4) -> list[float]:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    # The module is what is wrapped: its forward reads the head while FSDP has gathered it.
+    module = CausalLMLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    module, optimizer = accelerator.prepare(module, optimizer)
+    ids = tokenizer(TEXTS[accelerator.process_index % len(TEXTS)], return_tensors="pt").input_ids.to(accelerator.device)
+    losses = []
+    for _ in range(steps):
+        loss = -module(ids, labels=ids).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    accelerator.print(f"loss by step: {', '.join(f'{loss:.4f}' for loss in losses)}")
+    accelerator.end_training()
+    return losses
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,47 @@
+"""A training loop of one's own on DeepSpeed ZeRO-3, any number of processes, CPU or GPU.
+
+torchrun --nproc-per-node 2 examples/deepspeed_zero3.py MODEL [steps]
+"""
+
+import sys
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from inverseq.integrations.causal_lm import CausalLMLogprobs
+
+TEXTS = ["The earth is almost a sphere.", "Seven is a prime number and nine is not."]
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+    "gradient_clipping": 0.0,
+    "bf16": {"enabled": torch.cuda.is_available()},
+}
+
+
+def main(model_path: str, steps: int = 4) -> list[float]:
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    # The module is what is wrapped: its forward reads the head while ZeRO-3 has gathered it.
+    module = CausalLMLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=CONFIG)
+    rank = torch.distributed.get_rank()
+    ids = tokenizer(TEXTS[rank % len(TEXTS)], return_tensors="pt").input_ids.to(engine.device)
+    losses = []
+    for _ in range(steps):
+        loss = -engine(ids, labels=ids).mean()
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(mean.item() / torch.distributed.get_world_size())
+    if rank == 0:
+        print(f"loss by step: {', '.join(f'{loss:.4f}' for loss in losses)}")
+    torch.distributed.destroy_process_group()
+    return losses
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,54 @@
+"""``transformers.Trainer`` with the fused next-token loss: no trainer subclass, no logits.
+
+    loss = NextTokenLoss(model)
+    Trainer(model=model, compute_loss_func=loss, …)
+
+The trainer calls the model before it calls the loss function, so while the model is in training mode its output
+embedding hands the hidden states through, and ``outputs.logits`` are hidden states [B, L, D]. In evaluation mode the
+logits are the real ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from inverseq_kernels import IGNORE_INDEX, linear_logprob
+from torch import Tensor, nn
+
+from .causal_lm import head_keywords
+
+__all__ = ["NextTokenLoss"]
+
+
+class NextTokenLoss:
+    """The mean negative log-probability of the next tokens, as the model's own loss gives it."""
+
+    def __init__(self, model: nn.Module, **options: Any):
+        """``options`` go to ``linear_logprob``. Raises ValueError for a model that caps its logits: its forward would
+        cap the hidden states instead."""
+        self.keywords = head_keywords(model.config)
+        if self.keywords["softcap"] is not None:
+            raise ValueError(f"{type(model).__name__} caps its logits: wrap it in CausalLMLogprobs instead")
+        # The model's forward scales what it takes for logits, hidden states here: only the bias still lacks the scale.
+        self.bias_scale = 1.0 / self.keywords["temperature"]
+        self.keywords = {**self.keywords, "temperature": 1.0, **options}
+        self.head = model.get_output_embeddings()
+        real_forward = self.head.forward
+        self.head.forward = lambda hidden: hidden if model.training else real_forward(hidden)
+        self.model = model
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of one batch: labels [B, L] not shifted, divided by ``num_items_in_batch`` when it is given."""
+        scored = outputs.logits[:, :-1]
+        labels = labels[:, 1:].to(scored.device)
+        is_scored = labels != IGNORE_INDEX
+        if self.model.training:
+            bias = getattr(self.head, "bias", None)
+            logprobs = linear_logprob(
+                scored[is_scored], self.head.weight, labels[is_scored], bias=bias, **self.keywords
+            )
+            total = -logprobs.sum()
+        else:
+            total = F.cross_entropy(scored[is_scored].float(), labels[is_scored], reduction="sum")
+        return total / (is_scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

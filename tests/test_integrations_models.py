@@ -1,0 +1,138 @@
+"""The adapters for plain training loops: the module of log-probabilities and the Trainer's loss function."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from inverseq.integrations.causal_lm import CausalLMLogprobs, head_keywords
+from inverseq.integrations.hf_trainer import NextTokenLoss
+from tests.tiny import make_tiny_model
+
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def make_model(name, tmp_path):
+    torch.manual_seed(0)
+    if name == "llama":
+        return AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model", scale=0.2), dtype=torch.float32)
+    if name == "granite":
+        return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0))
+    if name == "cohere":
+        return CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.25))
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=3.0))
+
+
+def make_batch(vocab, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (3, 11), generator=generator)
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 8:] = labels[2] = -100
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def stock_logprobs(model, batch, temperature):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    logprobs = (logits / temperature).log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    picked = logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return picked.where(labels != -100, 0.0), entropy.where(labels != -100, 0.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "gemma2"])
+def test_logprobs_entropies_and_gradients_are_those_of_the_models_own_logits(name, tmp_path):
+    model = make_model(name, tmp_path)
+    batch = make_batch(model.config.vocab_size)
+    module = CausalLMLogprobs(copy.deepcopy(model), temperature=0.7, return_entropy=True)
+    upstream = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1))
+    expected, got = stock_logprobs(model, batch, 0.7), module(**batch)
+    for one, two, grad in zip(expected, got, upstream, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-5)
+        (one * grad).sum().backward(retain_graph=True)
+        (two * grad).sum().backward(retain_graph=True)
+    for (label, one), two in zip(model.named_parameters(), module.model.parameters(), strict=True):
+        torch.testing.assert_close(
+            one.grad, two.grad, atol=2e-4, rtol=1e-4, msg=lambda text, label=label: f"{label}: {text}"
+        )
+    assert (got[0][2] == 0).all()  # a sequence without labels
+
+
+def test_autocast_reads_the_head_in_its_dtype_and_grads_stay_fp32(tmp_path):
+    model = make_model("llama", tmp_path)
+    batch, module = make_batch(512), CausalLMLogprobs(copy.deepcopy(model))
+    truth = stock_logprobs(model, batch, 1.0)[0].detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, stock = module(**batch), stock_logprobs(model, batch, 1.0)[0]
+    assert ours.dtype == torch.float32
+    assert (ours - truth).norm() <= 2 * (stock - truth).norm()
+    ours.sum().backward()
+    assert module.model.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_a_configuration_with_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="lm_head_multiplier=0.5 is not supported"):
+        head_keywords(CohereConfig(lm_head_multiplier=0.5))
+
+
+def train(model, folder, loss=None, **options):
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*make_rows(), strict=True)]
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
+        learning_rate=1e-2, report_to=[], use_cpu=True, logging_steps=1, save_strategy="no", seed=1,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return losses, trainer.evaluate()["eval_loss"]
+
+
+def make_rows():
+    batch = make_batch(96)
+    labels = batch["labels"].clone()
+    labels[2, 5:] = batch["input_ids"][2, 5:]
+    return batch["input_ids"].repeat(4, 1), labels.repeat(4, 1)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere"])
+def test_the_trainer_takes_the_same_steps_with_the_fused_loss(name, tmp_path):
+    stock, ours = make_model(name, tmp_path), make_model(name, tmp_path)
+    expected, expected_eval = train(stock, tmp_path / "stock")
+    losses, eval_loss = train(ours, tmp_path / "ours", NextTokenLoss(ours))
+    assert losses == pytest.approx(expected, rel=1e-4) and losses[0] > 1.1 * losses[-1]
+    assert eval_loss == pytest.approx(expected_eval, rel=1e-4)
+    for one, two in zip(stock.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
+
+
+def test_logits_are_real_again_outside_of_training(tmp_path):
+    model = make_model("llama", tmp_path)
+    ids = make_batch(512)["input_ids"]
+    expected = model.eval()(ids).logits
+    loss = NextTokenLoss(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert model.train()(ids).logits.shape[-1] == model.config.hidden_size
+    reference = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert loss(model(ids), ids).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_a_model_that_caps_its_logits_is_refused_by_the_trainers_loss(tmp_path):
+    with pytest.raises(ValueError, match="wrap it in CausalLMLogprobs"):
+        NextTokenLoss(make_model("gemma2", tmp_path))
