@@ -125,6 +125,9 @@ def init_ranks(config: Config) -> Ranks:
     Raises ValueError for variables of a launcher that do not belong together, a LOCAL_RANK without a GPU, a package
     that is missing for several processes, and an address where the ranks cannot meet.
     """
+    on_cuda = resolve_device(config.model).type == "cuda"
+    if not on_cuda:  # read when DeepSpeed is first imported, which transformers does as well
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     found = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     if "WORLD_SIZE" not in found or os.environ["WORLD_SIZE"] == "1":
@@ -135,7 +138,6 @@ def init_ranks(config: Config) -> Ranks:
     rank, world_size, local_rank = (int(os.environ[name]) for name in LAUNCHER_VARIABLES[:3])
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK={rank}: expected 0 … {world_size - 1}, for WORLD_SIZE={world_size}")
-    on_cuda = resolve_device(config.model).type == "cuda"
     if on_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs")

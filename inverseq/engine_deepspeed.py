@@ -13,7 +13,6 @@ import copy
 import io
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -48,8 +47,6 @@ def check_deepspeed() -> None:
 def load_deepspeed(device: torch.device) -> Any:
     """The module, ready for this device: with a process group, without a compiler, and silent."""
     check_deepspeed()
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():  # one process without a launcher: DeepSpeed would ask for MPI
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
@@ -307,4 +304,5 @@ def shard_frozen(frozen: FrozenPair) -> nn.Module:
     config = zero_config(3, offload_optimizer=False, offload_parameters=False, max_grad_norm=0.0, like=first)
     deepspeed = load_deepspeed(first.device)
     engine, *_ = deepspeed.initialize(model=frozen, config=config, dist_init_required=False)
-    return engine.eval()
+    engine.eval()
+    return engine

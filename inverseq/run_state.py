@@ -75,13 +75,14 @@ class State:
     @contextmanager
     def frozen_on_device(self) -> Iterator[FrozenPair]:
         """The frozen pair where it can be run; one that stands on the host is there on the device for a while."""
-        at_home = [(weight, weight.data) for weight in self.frozen.parameters()]
-        for weight, values in at_home if self.placement.frozen == "host" else ():
-            weight.data = values.to(self.engine.device, non_blocking=True)
+        moved = list(self.frozen.parameters()) if self.placement.frozen == "host" else []
+        at_home = [weight.data for weight in moved]
+        for weight in moved:
+            weight.data = weight.data.to(self.engine.device, non_blocking=True)
         try:
             yield self.frozen
         finally:
-            for weight, values in at_home if self.placement.frozen == "host" else ():
+            for weight, values in zip(moved, at_home, strict=True):
                 weight.data = values
 
 
@@ -90,6 +91,8 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     config = resolved.config
     placement = place_run(resolved, world_size=ranks.world_size)  # ValueError when it cannot fit
     kind = engine_kind(config, placement, ranks)
+    if config.sampling.overlap and placement.frozen == "sharded":
+        raise ValueError("sampling.overlap=True: expected False with frozen models that are sharded over ranks")
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
