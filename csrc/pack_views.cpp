@@ -99,8 +99,10 @@ PackLayout lay_out(const PackRequest& request) {
   }
   PackLayout layout;
   take_samples(request, layout);
-  for (size_t v = 0; v < request.prefixes.size(); ++v) {
-    const int64_t shared = request.share_prefix ? common_prefix(layout, v) : 0;
+  const size_t num_views = request.prefixes.size();
+  for (size_t v = 0; v < num_views; ++v) {
+    const bool is_policys = num_views > 1 && v + 1 == num_views;
+    const int64_t shared = request.share_prefix && !is_policys ? common_prefix(layout, v) : 0;
     layout.shared_lengths.push_back(shared);
     layout.num_seqs += request.num_samples + (shared > 0);
     layout.num_tokens += shared;

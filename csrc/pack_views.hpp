@@ -5,7 +5,8 @@
 // The hidden row of a token predicts the next one: response token 0 is predicted by the last prompt token, and the
 // last response token predicts nothing, so it is never fed. Sequences stand view by view, samples in their order.
 // With share_prefix the tokens that all sequences of a view begin with are emitted once, as a sequence of their own
-// in front of the view's sequences, which continue it.
+// in front of the view's sequences, which continue it. The last of several views is left whole: the policy reads it
+// whole when it trains, and rounds alike only when attention runs alike.
 //
 // No Python here; lay_out checks every offset, length and token id and throws std::invalid_argument before anything
 // is written.

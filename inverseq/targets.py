@@ -130,8 +130,8 @@ def _packs_apart(
     flat, share_prefix = FlatSamples.of(samples), packing.share_prefix
     for indices in plan.packs(0, ranks.rank):
         yield tuple(
-            write_pack(flat, indices, (view,), share_prefix=share_prefix, num_valid_vocab=num_valid_vocab)
-            for view in (0, num_views - 1)
+            write_pack(flat, indices, (view,), share_prefix=shared, num_valid_vocab=num_valid_vocab)
+            for view, shared in ((0, share_prefix), (num_views - 1, False))
         )
 
 

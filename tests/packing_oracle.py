@@ -118,13 +118,14 @@ def oracle_pack(
         pack["parent_seq"].append(parent)
         pack["seqlens"].append(len(tokens))
 
-    for rows, view in zip(pack["action_index"], views, strict=True):
+    for number, (rows, view) in enumerate(zip(pack["action_index"], views, strict=True)):
+        is_policys = number > 0 and number == len(views) - 1
         contexts = [
             np.concatenate([samples[i].rendered.prefix_ids[view], samples[i].rendered.prompt_ids]).tolist()
             for i in indices
         ]
         shared, parent = 0, -1
-        if share_prefix and len(contexts) > 1:
+        if share_prefix and len(contexts) > 1 and not is_policys:
             while all(shared < len(c) - 1 and c[shared] == contexts[0][shared] for c in contexts):
                 shared += 1
         if shared:
