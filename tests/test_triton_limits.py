@@ -4,7 +4,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from inverseq_kernels import IGNORE_INDEX, torch_loss, triton_logprob, triton_loss  # noqa: E402
+from inverseq_kernels import (  # noqa: E402
+    IGNORE_INDEX,
+    backends,
+    linear_logprob,
+    squared_log_ratio_loss,
+    triton_logprob,
+    triton_loss,
+)
 from inverseq_kernels.triton_blocks import (  # noqa: E402
     CONTRAST,
     CONTRAST_PAIR,
@@ -28,9 +35,7 @@ def make_inputs(num_rows, dtype=torch.float32):
 def logprob_gradients(inputs, grad):
     """Gradients of hidden and weight for upstream gradients [A] of the log-probs."""
     forward = triton_logprob.logprob_forward(*inputs, want_entropy=False, **SETTINGS)
-    return triton_logprob.logprob_backward(
-        grad, None, *inputs, *forward[1:], needs=(True, True, False), **SETTINGS
-    )
+    return triton_logprob.logprob_backward(grad, None, *inputs, *forward[1:], needs=(True, True, False), **SETTINGS)
 
 
 def loss_forward(inputs):
@@ -76,21 +81,75 @@ def test_the_upstream_gradient_of_an_ignored_row_does_not_choose_the_scale_of_fp
         assert actual.any()
 
 
-@pytest.mark.parametrize("backend", [torch_loss, triton_loss])
-def test_an_fp16_sum_is_divided_before_it_is_stored(backend):
-    hidden, weight, _, token_ids = make_inputs(64, torch.float16)
-    hidden[:, 0] = 64.0  # one column whose sum over rows passes 65504
+def leaves_of(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**10])
+def test_an_fp16_sum_over_rows_past_its_range_comes_out_divided_by_the_denominator(backend, loss_scale):
+    hidden, weight, _, token_ids = make_inputs(600, torch.float16)
+    hidden[:, 0] = 8.0  # one column whose sum over rows passes 65504
     weight[:, 0] = 0.0
-    inputs = (hidden, weight, None, torch.zeros_like(token_ids))
-    ones = torch.ones(64)
-    expected, actual = (
-        backend.squared_log_ratio_forward(
-            *arguments, -40 * ones, ones, torch.tensor(1024.0), needs=(True, True, False), **SETTINGS
-        )[3]
-        for arguments in ((hidden.float(), weight.float(), *inputs[2:]), inputs)
-    )
-    assert 65504 < 1024 * expected.abs().amax() < 2**20
-    torch.testing.assert_close(actual.float(), expected, rtol=5e-3, atol=1e-3)
+    weight, bias, targets = weight[:9].contiguous(), torch.zeros(9).half(), torch.full((600,), -80.0)
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = leaves_of(*(tensor.to(dtype) for tensor in (hidden, weight, bias)))
+        loss, _ = squared_log_ratio_loss(
+            *leaves[:2],
+            torch.zeros_like(token_ids),
+            targets.to(torch.promote_types(dtype, torch.float32)),
+            denominator=2.0**15,
+            bias=leaves[2],
+            backend=backend if dtype == torch.float16 else "torch",
+        )
+        (loss * loss_scale if dtype == torch.float16 else loss).backward()
+        gradients.append([leaf.grad.double() for leaf in leaves])
+    halves, truths = gradients
+    assert 2.0**15 * truths[1].abs().amax() > 65504 and 2.0**15 * truths[2].abs().amax() > 65504
+    for half, truth in zip(halves, truths, strict=True):
+        torch.testing.assert_close(half / loss_scale, truth, rtol=5e-3, atol=2e-3 * truth.abs().amax().item())
+
+
+def test_a_sum_that_fp16_gradients_cannot_reach_stays_infinite_or_not_a_number():
+    """A loss scaler must see it: the power of two is taken from finite sums only."""
+    weight = torch.zeros(3, 2, dtype=torch.float16)
+    for bad in (torch.inf, torch.nan):
+        total = torch.tensor([[1.0, bad], [0.0, 0.0], [2.0, -4.0]])
+        _, stored, _, powers = backends.finish_scaled_gradients((None, total, None), (weight, weight, None))
+        assert not stored[0, 1].isfinite() and stored[2, 1] == -4 and powers.tolist() == [1.0, 1.0]
+    for size in (0.0, 1e-40, 1e-5, 3e38):
+        total = torch.tensor([[size, -size], [0.0, 0.0], [0.0, size / 2]])
+        _, stored, _, powers = backends.finish_scaled_gradients((None, total, None), (weight, weight, None))
+        assert stored.isfinite().all() and (size == 0 or size == 1e-40 or 2**14 <= stored.max() < 2**15)
+        torch.testing.assert_close(stored.double() * powers[0].double(), total.double(), rtol=1e-3, atol=1e-38)
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_an_fp32_weight_beside_half_precision_is_not_rounded_to_it(dtype, workspace_bytes):
+    hidden, weight, _, token_ids = make_inputs(50, dtype)
+    weight, bias = weight.to(dtype).float() + 1e-6, torch.zeros(NUM_WORDS)
+    losses = {
+        "loss": lambda h, w, b, backend: squared_log_ratio_loss(
+            h, w, token_ids, -torch.ones(50), denominator=50, bias=b, workspace_bytes=workspace_bytes, backend=backend
+        )[0],
+        "logprob": lambda h, w, b, backend: linear_logprob(
+            h, w, token_ids, bias=b, workspace_bytes=workspace_bytes, backend=backend
+        ).mean(),
+    }
+    for name, loss in losses.items():
+        results = {}
+        for backend in ("torch", "triton"):
+            leaves = leaves_of(hidden, weight, bias)
+            loss(*leaves, backend).backward()
+            results[backend] = [leaf.grad for leaf in leaves]
+        assert results["triton"][0].dtype == dtype
+        for actual, expected in zip(results["triton"][1:], results["torch"][1:], strict=True):
+            assert actual.dtype == torch.float32
+            assert (actual != actual.to(dtype).float()).float().mean() > 0.5, name
+            error = (actual - expected).norm() / expected.norm()
+            assert error < {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype], (name, error)
 
 
 @pytest.mark.parametrize("op", [CONTRAST, CONTRAST_PAIR, GRADIENT, STATISTICS_RICH])

@@ -80,7 +80,7 @@ def upstream(num_rows, seed=3):
 def backward(inputs, grads, needs=(True, True, True), blocks=SMALL, workspace_bytes=1 << 20, **settings):
     settings = {"softcap": None, "temperature": 1.0, "num_valid_vocab": inputs[1].shape[0], **settings}
     _, lse, entropy = forward(inputs, blocks=blocks, **settings)
-    return logprob_backward(
+    gradients = logprob_backward(
         grads[0],
         grads[1],
         *inputs,
@@ -91,6 +91,7 @@ def backward(inputs, grads, needs=(True, True, True), blocks=SMALL, workspace_by
         blocks=blocks,
         **settings,
     )
+    return [g if g is None else g.to(like.dtype) for g, like in zip(gradients, inputs[:3], strict=True)]
 
 
 def check(inputs, *, with_entropy=True, blocks=SMALL, workspace_bytes=1 << 20, floor=FLOOR, **settings):

@@ -80,7 +80,9 @@ def run(case, function=triton_loss.squared_log_ratio_forward, dtype=None, **opti
             for name, value in case.items()
         }
         options.pop("blocks", None)
-    return function(*case.values(), **(settings_ | options))
+    loss, logprobs, *gradients = function(*case.values(), **(settings_ | options))
+    likes = (case["hidden"], case["weight"], case["bias"])
+    return loss, logprobs, *[g if g is None else g.to(like.dtype) for g, like in zip(gradients, likes, strict=True)]
 
 
 def eager_gradients(case, options):

@@ -90,13 +90,10 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def prepare_head(
-    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+def contiguous_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Contiguous tensors; for triton also in hidden's dtype, which the torch backend reads block by block."""
-    if backend == "triton":
-        weight = weight.to(hidden.dtype)
-        bias = None if bias is None else bias.to(hidden.dtype)
+    """Contiguous tensors in their own dtypes; each backend reads weight and bias in hidden's dtype."""
     return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
 
 
@@ -108,6 +105,36 @@ def finish_gradients(
         _missing(inputs) if gradient is None or like is None else gradient.to(like.dtype)
         for gradient, like in zip(gradients, inputs, strict=True)
     )
+
+
+# fp16 gradients are stored with their largest entry in [2**14, 2**15).
+_HALF_TOP_EXPONENT = 15
+
+
+def finish_scaled_gradients(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """``finish_gradients`` for sums that fp16 may not hold, and the powers of two taken out of them, [2] fp32.
+
+    Gradients of an fp16 weight and bias, which come in fp32, are divided by a power of two each; the caller
+    multiplies it back in fp32. Nothing synchronises.
+    """
+    hidden, *results = gradients
+    powers = [torch.ones((), dtype=torch.float32, device=inputs[0].device) for _ in results]
+    for index, (gradient, like) in enumerate(zip(results, inputs[1:], strict=True)):
+        if gradient is not None and like.dtype == torch.float16 and gradient.numel() > 0:
+            largest = torch.stack(torch.aminmax(gradient)).abs().amax()
+            exponent = torch.frexp(largest).exponent.float() - _HALF_TOP_EXPONENT
+            powers[index] = torch.where(largest.isfinite(), torch.exp2(exponent.clamp(-100, 113)), 1.0)
+            results[index] = torch.mul(gradient, 1.0 / powers[index], out=torch.empty_like(like))
+    return (*finish_gradients((hidden, *results), inputs), torch.stack(powers))
+
+
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor (0-d fp32), multiplied in fp32; on CUDA torch rounds a 0-d factor to gradient's dtype first."""
+    if gradient.is_cuda and gradient.dtype in (torch.float16, torch.bfloat16):
+        return torch.mul(gradient, factor[None], out=torch.empty_like(gradient))
+    return gradient * factor
 
 
 def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

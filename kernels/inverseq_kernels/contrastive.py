@@ -70,9 +70,9 @@ def _contrastive_op(
     workspace_bytes,
     backend,
 ):
-    better = backends.prepare_head(backend, hidden_w, weight_w, bias_w)
+    better = backends.contiguous_head(hidden_w, weight_w, bias_w)
     # One weight for both views stays one tensor, so that a backend can see that it is shared.
-    plain = backends.prepare_head(backend, hidden_l, weight_l, bias_l)
+    plain = backends.contiguous_head(hidden_l, weight_l, bias_l)
     if weight_w.data_ptr() == weight_l.data_ptr() and better[1].shape == plain[1].shape:
         plain = (plain[0], better[1] if better[1].dtype == plain[1].dtype else plain[1], plain[2])
     with disabled_autocast(hidden_w):

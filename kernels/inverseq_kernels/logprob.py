@@ -33,7 +33,7 @@ def _logprob_op(
 ):
     with disabled_autocast(hidden):
         return backends.backend_module(backend, backends.LOGPROB).logprob_forward(
-            *backends.prepare_head(backend, hidden, weight, bias),
+            *backends.contiguous_head(hidden, weight, bias),
             token_ids.contiguous(),
             softcap=softcap,
             temperature=temperature,
@@ -78,7 +78,7 @@ def _logprob_backward_op(
         gradients = backends.backend_module(backend, backends.LOGPROB).logprob_backward(
             grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
-            *backends.prepare_head(backend, hidden, weight, bias),
+            *backends.contiguous_head(hidden, weight, bias),
             token_ids.contiguous(),
             lse,
             entropy,

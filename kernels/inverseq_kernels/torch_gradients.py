@@ -104,7 +104,6 @@ class GradientSums:
         plan: ChunkPlan,
     ):
         self.head, self.plan = head, plan
-        self.inputs = (hidden, weight, bias)
         needs_hidden, needs_weight, needs_bias = needs
         self.hidden = torch.zeros_like(hidden) if needs_hidden else None
         self.bias = None
@@ -151,11 +150,9 @@ class GradientSums:
                 matmul_into(self.weight[start:stop], left, hidden_rows, accumulate=True)
 
     def finish(self, scale: float | Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three gradients times ``scale``, each in its own tensor's dtype."""
-        hidden, weight, bias = self.inputs
-        results = []
-        for total, like in ((self.hidden, hidden), (self.weight, weight), (self.bias, bias)):
+        """The three gradients times ``scale``, in the dtypes that they were summed in."""
+        results = (self.hidden, self.weight, self.bias)
+        for total in results:
             if total is not None and not (isinstance(scale, float) and scale == 1.0):
                 total.mul_(scale)
-            results.append(None if total is None else total.to(like.dtype))
-        return tuple(results)
+        return results

@@ -114,7 +114,7 @@ def logprob_backward(
     needs: tuple[bool, bool, bool],
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; None where ``needs`` is False."""
+    """Gradients of hidden, weight and bias, as they were summed; None where ``needs`` is False."""
     head = Head(hidden, weight, bias, HeadSettings(softcap, temperature, num_valid_vocab))
     plan = plan_chunks(hidden, weight, head, needs, workspace_bytes)
     sums = GradientSums(hidden, weight, bias, head, needs, plan)

@@ -224,6 +224,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def in_dtype_of(hidden: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Weight and bias as the kernels read them: under autocast they are fp32 beside hidden in half precision."""
+    return [None if tensor is None else tensor.to(hidden.dtype) for tensor in tensors]
+
+
 def tile_source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
     """What a kernel gets for a [rows, D] matrix: the tensor, or a descriptor that loads [block] tiles."""
     if not tma:

@@ -32,6 +32,7 @@ from inverseq_kernels.triton_common import (
     add_dots,
     cap,
     combine,
+    in_dtype_of,
     load_bias,
     on_device,
     row_statistics,
@@ -216,7 +217,11 @@ def contrastive_forward(
     if num_rows == 0:
         return targets, reference
     use_pair = num_alphas > 1 or softcap is not None
-    weight_w, weight_l = weight_w[:num_valid_vocab], weight_l[:num_valid_vocab]
+    is_shared = weight_w.data_ptr() == weight_l.data_ptr() and weight_w.dtype == weight_l.dtype
+    weight_w, bias_w = in_dtype_of(hidden_w, weight_w[:num_valid_vocab], bias_w)
+    weight_l, bias_l = in_dtype_of(hidden_l, weight_l[:num_valid_vocab], bias_l)
+    if is_shared and hidden_w.dtype == hidden_l.dtype and weight_w.shape == weight_l.shape:
+        weight_l = weight_w
     if blocks is None:
         aligned = is_aligned(hidden_w, weight_w, hidden_l, weight_l)
         dtype = hidden_w.dtype if hidden_w.dtype == hidden_l.dtype else torch.float32

@@ -32,6 +32,7 @@ from inverseq_kernels.triton_blocks import (
 )
 from inverseq_kernels.triton_common import (
     combine,
+    in_dtype_of,
     matmul_into,
     on_device,
     rows_within,
@@ -64,7 +65,7 @@ def logprob_forward(
     entropy = hidden.new_empty(num_rows if want_entropy else 0, dtype=torch.float32)
     if num_rows == 0:
         return logprobs, lse, entropy
-    weight = weight[:num_valid_vocab]
+    weight, bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
         op = STATISTICS_RICH if want_entropy or softcap is not None else STATISTICS
         blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, weight))
@@ -147,21 +148,21 @@ def logprob_backward(
     workspace_bytes: int,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; None where ``needs`` is False."""
+    """Gradients of hidden, weight and bias, as they were summed; None where ``needs`` is False."""
     num_rows = hidden.shape[0]
-    valid = weight[:num_valid_vocab]
+    valid, read_bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
         op = GRADIENT_RICH if grad_entropy is not None or softcap is not None else GRADIENT
         blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, valid))
     pitch = triton.cdiv(num_valid_vocab, PITCH_WORDS) * PITCH_WORDS
     chunk = _chunk_rows(hidden, pitch, needs[1], workspace_bytes, blocks)
     grads, undo_scale = _scaled_gradients(grad_logprobs, grad_entropy, token_ids, hidden.dtype)
-    sums = _GradientSums(hidden, weight, bias, num_valid_vocab, needs, chunk, undo_scale)
+    sums = _GradientSums((hidden, weight, bias), valid, needs, chunk, undo_scale)
     matrix = hidden.new_empty((chunk, pitch))
     with on_device(hidden):
         for first in range(0, num_rows, chunk):
             rows = slice(first, min(first + chunk, num_rows))
-            grid, arguments, constants = _tiles(hidden[rows], valid, bias, blocks, softcap)
+            grid, arguments, constants = _tiles(hidden[rows], valid, read_bias, blocks, softcap)
             gradient_kernel[grid](
                 *arguments,
                 token_ids[rows],
@@ -213,45 +214,43 @@ class _GradientSums:
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        num_valid: int,
+        inputs: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight and bias as the caller has them
+        valid: Tensor,  # [valid words, D] of the weight in hidden's dtype
         needs: tuple[bool, bool, bool],
         chunk: int,
         undo_scale: Tensor | None,
     ):
-        self.inputs, self.num_valid, self.undo_scale = (hidden, weight, bias), num_valid, undo_scale
+        hidden, weight, bias = inputs
+        self.source, self.valid, self.undo_scale = hidden, valid, undo_scale
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.bias = self.weight = self.hidden_rows = None
         if needs[2] and bias is not None:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
         if needs[1]:
-            # One chunk needs no sum: cuBLAS rounds the result itself.
-            dtype = weight.dtype if chunk >= hidden.shape[0] else torch.float32
-            self.weight = torch.empty_like(weight, dtype=dtype)
-            self.weight[num_valid if hidden.shape[0] else 0 :].zero_()
+            # One chunk needs no sum: cuBLAS rounds the result itself, and not at all for an fp32 weight.
+            direct = chunk >= hidden.shape[0] and weight.dtype == hidden.dtype
+            self.weight = torch.empty_like(weight, dtype=weight.dtype if direct else torch.float32)
+            self.weight[valid.shape[0] if hidden.shape[0] else 0 :].zero_()
             self.hidden_rows = hidden.new_empty((chunk, hidden.shape[1]))
 
     def add(self, gradient: Tensor, token_ids: Tensor, rows: slice) -> None:
         """Add one chunk's logit gradients [R, V]."""
-        hidden, weight, _ = self.inputs
+        num_valid = self.valid.shape[0]
         if self.bias is not None:
-            self.bias[: self.num_valid] += gradient.sum(dim=0, dtype=torch.float32)
+            self.bias[:num_valid] += gradient.sum(dim=0, dtype=torch.float32)
         if self.weight is not None:
             # Whatever ignored rows hold, NaN too, does not reach the weight.
-            copy = self.hidden_rows[: gradient.shape[0]].copy_(hidden[rows])
+            copy = self.hidden_rows[: gradient.shape[0]].copy_(self.source[rows])
             copy.masked_fill_((token_ids == IGNORE_INDEX)[:, None], 0.0)
             beta = 0.0 if rows.start == 0 else 1.0
-            matmul_into(self.weight[: self.num_valid], gradient.t(), copy, beta=beta)
+            matmul_into(self.weight[:num_valid], gradient.t(), copy, beta=beta)
         if self.hidden is not None:
-            matmul_into(self.hidden[rows], gradient, weight[: self.num_valid], beta=0.0)
+            matmul_into(self.hidden[rows], gradient, self.valid, beta=0.0)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients without fp16's scale and in their own dtypes."""
-        results = []
-        for total, like in zip((self.hidden, self.weight, self.bias), self.inputs, strict=True):
+        """The gradients without fp16's scale, in the dtypes that they were summed in."""
+        results = (self.hidden, self.weight, self.bias)
+        for total in results:
             if total is not None and self.undo_scale is not None:
                 total.mul_(self.undo_scale)
-            results.append(None if total is None else total.to(like.dtype))
-        return tuple(results)
+        return results

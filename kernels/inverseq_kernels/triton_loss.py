@@ -11,8 +11,8 @@ dL/dz = 2 m (l - t) (onehot - P) / denominator. By chunks of rows that fit the w
 
 The workspace holds G, its statistics and, where hidden needs no gradient, the scaled hidden rows; the rows of
 hidden's gradient otherwise lend their place to them. Without any gradient the forward of the log-prob
-operation does the work. fp16 sums the weight's gradient divided by the largest row weight (a power of
-two), so that small weights do not sink below its range, and multiplies it back at the end.
+operation does the work. fp16 makes the weight's gradient divided by the largest row weight (a power of
+two), so that small weights do not sink below its range, and multiplies its fp32 sum back at the end.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from inverseq_kernels.triton_blocks import (
 )
 from inverseq_kernels.triton_common import (
     combine,
+    in_dtype_of,
     matmul_into,
     on_device,
     tile_source,
@@ -84,8 +85,8 @@ def plan_chunks(
 
 def squared_log_ratio_forward(
     hidden: Tensor,  # [A, D]
-    weight: Tensor,  # [V, D] in hidden's dtype
-    bias: Tensor | None,  # [V] in hidden's dtype
+    weight: Tensor,  # [V, D], read in hidden's dtype
+    bias: Tensor | None,  # [V], read in hidden's dtype
     token_ids: Tensor,  # [A] int64
     targets: Tensor,  # [A] fp32, may be NaN where the row weight is 0
     row_weights: Tensor,  # [A] fp32, 0 on ignored rows
@@ -100,7 +101,8 @@ def squared_log_ratio_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Loss, log-probs [A] and, where needed, gradients of hidden, weight and bias for upstream gradient 1.
 
-    ``blocks`` replaces the chooser's tile sizes.
+    Gradients of an fp32 weight and bias, and sums that fp16 may not hold, are fp32. ``blocks`` replaces the
+    chooser's tile sizes.
     """
     if not any(needs):
         logprobs, _, _ = logprob_forward(
@@ -115,8 +117,9 @@ def squared_log_ratio_forward(
             workspace_bytes=workspace_bytes,
         )
         return _loss(logprobs, targets, row_weights) / denominator, logprobs, None, None, None
+    valid, read_bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
-        aligned = is_aligned(hidden, weight)
+        aligned = is_aligned(hidden, valid)
         blocks = choose_loss_blocks(capability_of(hidden), hidden.dtype, aligned, softcap is not None)
     row_bytes = hidden.shape[1] * hidden.element_size() if needs[1] and not needs[0] else 0
     plan = plan_chunks(hidden.shape[0], num_valid_vocab, row_bytes, hidden.dtype, blocks, workspace_bytes)
@@ -124,8 +127,8 @@ def squared_log_ratio_forward(
     settings = HeadSettings(softcap, temperature, num_valid_vocab)
     scales = _coefficient_scales(row_weights, denominator, hidden.dtype)
     with on_device(hidden):
-        chunks = _Chunks(hidden, weight[:num_valid_vocab], bias, settings, blocks, plan)
-        sums = _GradientSums(hidden, weight, bias, num_valid_vocab, needs, plan)
+        chunks = _Chunks(hidden, valid, read_bias, settings, blocks, plan)
+        sums = _GradientSums((hidden, weight, bias), valid, needs, plan)
         for first in range(0, hidden.shape[0], plan.rows):
             rows = slice(first, min(first + plan.rows, hidden.shape[0]))
             gradient, factors = chunks.logit_gradient(
@@ -274,24 +277,22 @@ class _GradientSums:
 
     def __init__(
         self,
-        hidden: Tensor,  # [A, D]
-        weight: Tensor,  # [V, D], all words
-        bias: Tensor | None,  # [V]
-        num_valid: int,
+        inputs: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight and bias as the caller has them
+        valid: Tensor,  # [valid words, D] of the weight in hidden's dtype
         needs: tuple[bool, bool, bool],
         plan: ChunkPlan,
     ):
-        self.inputs, self.plan = (hidden, weight, bias), plan
+        hidden, weight, bias = inputs
+        self.source, self.valid, self.plan = hidden, valid, plan
         self.row_blocks = choose_row_blocks(capability_of(hidden))
         self.unit = HALF_UNIT if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = self.bias = self.scaled = None
         if needs[1]:
-            # One chunk needs no sum: cuBLAS writes the result itself, except where that may overflow unscaled.
-            direct = plan.num_chunks == 1 and weight.dtype != torch.float16
-            dtype = weight.dtype if direct else torch.float32
-            self.weight = torch.empty_like(weight, dtype=dtype)
-            self.weight[num_valid if hidden.shape[0] > 0 else 0 :].zero_()
+            # One chunk needs no sum: cuBLAS writes bf16 itself. fp16 may not hold a sum over rows.
+            direct = plan.num_chunks == 1 and weight.dtype == hidden.dtype != torch.float16
+            self.weight = torch.empty_like(weight, dtype=weight.dtype if direct else torch.float32)
+            self.weight[valid.shape[0] if hidden.shape[0] > 0 else 0 :].zero_()
             if self.hidden is None:
                 self.scaled = hidden.new_empty((min(plan.rows, hidden.shape[0]), hidden.shape[1]))
         if needs[2] and bias is not None:
@@ -299,28 +300,24 @@ class _GradientSums:
 
     def add(self, gradient: Tensor, factors: tuple[Tensor, Tensor], rows: slice) -> None:
         """Add one chunk: gradient = G [R, V], factors [R] of hidden's rows and of the rows of G @ weight."""
-        hidden, weight, _ = self.inputs
-        num_valid = gradient.shape[1]
         if self.bias is not None:
             self._add_bias(gradient, factors[0])
         if self.weight is not None:
             scaled = self.hidden[rows] if self.scaled is None else self.scaled[: gradient.shape[0]]
-            self._scale_rows(hidden[rows], factors[0], scaled)
+            self._scale_rows(self.source[rows], factors[0], scaled)
             beta = 0.0 if rows.start == 0 else 1.0
-            matmul_into(self.weight[:num_valid], gradient.t(), scaled, beta=beta, alpha=self.unit)
+            matmul_into(self.weight[: gradient.shape[1]], gradient.t(), scaled, beta=beta, alpha=self.unit)
         if self.hidden is not None:
             result = self.hidden[rows]
-            matmul_into(result, gradient, weight[:num_valid], beta=0.0, alpha=self.unit)
+            matmul_into(result, gradient, self.valid, beta=0.0, alpha=self.unit)
             self._scale_rows(result, factors[1], result)
 
     def finish(self, undo_scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in their own dtypes; hidden's has had ``undo_scale`` in its factors."""
-        _, weight, bias = self.inputs
-        result = self.weight
-        if result is not None and result.dtype != weight.dtype:
-            result = torch.mul(result, undo_scale, out=torch.empty_like(weight))
-        bias_result = None if self.bias is None else (self.bias * undo_scale).to(bias.dtype)
-        return self.hidden, result, bias_result
+        """The gradients in the dtypes that they were summed in; hidden's has had ``undo_scale`` in its factors."""
+        for total in (self.weight, self.bias):
+            if total is not None and self.source.dtype == torch.float16:
+                total.mul_(undo_scale)
+        return self.hidden, self.weight, self.bias
 
     def _scale_rows(self, source: Tensor, factors: Tensor, scaled: Tensor) -> None:
         (num_rows, dim), blocks = source.shape, self.row_blocks
