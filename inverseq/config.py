@@ -337,6 +337,7 @@ class Config:
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         require(0 <= self.seed < 2**31, "seed", self.seed, "0 … 2³¹ − 1")
         if self.sampling.backend == "replay":
+            require(not self.sampling.overlap, "sampling.overlap", True, "false with a replayed run")
             require(not self.evaluation.every, "evaluation.every", self.evaluation.every, "0 with a replayed run")
         require(bool(self.model.path), "model.path", self.model.path, "a model directory or hub id")
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder for the run")

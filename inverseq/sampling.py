@@ -25,7 +25,7 @@ from .sampling_replay import ReplaySampler
 from .sampling_server import ServerSampler
 from .sampling_transformers import TransformersSampler, stop_token_ids
 
-__all__ = ["Sampler", "make_sampler", "sample_responses"]
+__all__ = ["Sampler", "finished_samples", "make_sampler", "sample_responses"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,32 @@ def make_sampler(
     return TransformersSampler(config, model, tokenizer, num_valid_vocab=num_valid_vocab)
 
 
+def finished_samples(sampler: Sampler, prompts: Sequence[RenderedPrompt], *, seed: int) -> Iterator[tuple[int, Sample]]:
+    """Yield (index of the prompt, its sample) as they finish, exactly one per prompt.
+
+    Raises RuntimeError when the engine answers a prompt twice or not at all, and whatever the engine raises. Closing
+    the iterator stops the engine.
+    """
+    started = time.perf_counter()
+    answered: set[int] = set()
+    num_tokens = 0
+    # Closed explicitly: an interrupt while the caller's code runs must stop the engine too.
+    with closing(sampler.generate(prompts, seed=seed)) as finished:
+        for index, response in finished:
+            if index in answered:
+                raise RuntimeError(f"{sampler.name}: prompt {prompts[index].prompt.id!r} was answered twice")
+            answered.add(index)
+            num_tokens += len(response.token_ids)
+            yield index, Sample(prompts[index], response)
+    if len(answered) != len(prompts):
+        raise RuntimeError(f"{sampler.name}: {len(prompts)} prompts, but {len(answered)} responses came back")
+    duration_s = time.perf_counter() - started
+    logger.info(
+        "%s: %d responses, %d tokens in %.1f s, %.1f tokens per second",
+        sampler.name, len(answered), num_tokens, duration_s, num_tokens / max(duration_s, 1e-9),
+    )  # fmt: skip
+
+
 def sample_responses(
     sampler: Sampler,
     prompts: Sequence[RenderedPrompt],
@@ -104,25 +130,12 @@ def sample_responses(
 ) -> list[Sample]:
     """One sample per prompt, in the order of the prompts; ``advance(1)`` is called for each as it finishes.
 
-    Raises RuntimeError when the engine answers a prompt twice or not at all, and whatever the engine raises.
+    Raises what ``finished_samples`` does.
     """
-    started = time.perf_counter()
-    responses: list[Response | None] = [None] * len(prompts)
-    # Closed explicitly: an interrupt while the caller's code runs must stop the engine too.
-    with closing(sampler.generate(prompts, seed=seed)) as finished:
-        for index, response in finished:
-            if responses[index] is not None:
-                raise RuntimeError(f"{sampler.name}: prompt {prompts[index].prompt.id!r} was answered twice")
-            responses[index] = response
+    samples: dict[int, Sample] = {}
+    with closing(finished_samples(sampler, prompts, seed=seed)) as finished:
+        for index, sample in finished:
+            samples[index] = sample
             if advance is not None:
                 advance(1)
-    samples = [Sample(p, r) for p, r in zip(prompts, responses, strict=True) if r is not None]
-    if len(samples) != len(prompts):
-        raise RuntimeError(f"{sampler.name}: {len(prompts)} prompts, but {len(samples)} responses came back")
-    duration_s = time.perf_counter() - started
-    num_tokens = sum(sample.num_actions for sample in samples)
-    logger.info(
-        "%s: %d responses, %d tokens in %.1f s, %.1f tokens per second",
-        sampler.name, len(samples), num_tokens, duration_s, num_tokens / max(duration_s, 1e-9),
-    )  # fmt: skip
-    return samples
+    return [samples[index] for index in range(len(prompts))]

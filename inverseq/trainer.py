@@ -20,6 +20,7 @@ from .config import Config
 from .distributed import Ranks, init_ranks
 from .engine import NonFiniteError
 from .export import export_model
+from .overlap import sample_and_score
 from .packing import pack_views
 from .records import RenderedPrompt, Sample, ScoredSamples
 from .resolve import resolve
@@ -88,13 +89,15 @@ def run_epoch(state: State, config: Config) -> None:
     torch.manual_seed(derive_seed(config.seed, epoch, "torch", ranks.rank))
 
     prompts = state.resolved.prompts.next(config.sampling.samples_per_epoch, copies=config.sampling.samples_per_prompt)
-    samples = sample_epoch(state, prompts, epoch, "sampling")
-    scored = score(state, samples)
+    if config.sampling.overlap:
+        scored = sample_and_score_epoch(state, prompts, epoch)
+    else:
+        scored = score(state, sample_epoch(state, prompts, epoch, "sampling"))
     if ranks.is_main:
         write_samples(samples_path(state.run_dir, epoch), scored, state.resolved.tokenizer)
 
     steps_done = []
-    with state.phase("train", len(samples)) as advance:
+    with state.phase("train", len(scored.samples)) as advance:
         for step in plan_steps(scored, config.optim, config.packing, num_ranks=ranks.world_size, rank=ranks.rank):
             metrics = state.engine.train_step(step)
             row = step_row(epoch, state.engine.num_updates, step, metrics, config.packing.train_tokens)
@@ -118,17 +121,40 @@ def run_epoch(state: State, config: Config) -> None:
 
 def sample_epoch(state: State, prompts: Sequence[RenderedPrompt], epoch: int, purpose: str) -> list[Sample]:
     """The prompts answered with the policy's current weights: every rank answers its share and gets all answers."""
-    ranks, sampler, config = state.ranks, state.sampler, state.config
+    ranks, sampler = state.ranks, state.sampler
     if isinstance(sampler, ReplaySampler):
         ranks = Ranks()  # every rank reads all: which stored response a prompt gets depends on the prompts before it
-    seed_rank = 0 if config.sampling.per_prompt_seeds else ranks.rank  # such a seed is of the prompt, not of the rank
-    seed = derive_seed(config.seed, epoch, purpose, seed_rank)
+    seed = sampling_seed(state.config, epoch, purpose, ranks)
     share = ranks.share(prompts)
     with state.phase("sample", len(share)) as advance:
         state.freshness.sync(sampler, state.engine.full_model(), state.engine.num_updates, state.ranks)
         samples = sample_responses(sampler, share, seed=seed, advance=advance)
         state.engine.release_full_model()
         return ranks.unshare(samples)
+
+
+def sampling_seed(config: Config, epoch: int, purpose: str, ranks: Ranks) -> int:
+    """The seed of this rank's share of the prompts; seeds of single prompts do not depend on the rank."""
+    return derive_seed(config.seed, epoch, purpose, 0 if config.sampling.per_prompt_seeds else ranks.rank)
+
+
+def sample_and_score_epoch(state: State, prompts: Sequence[RenderedPrompt], epoch: int) -> ScoredSamples:
+    """``sample_epoch`` and ``score`` in one phase: what is finished is scored while the rest is generated."""
+    ranks, config = state.ranks, state.config
+    with state.phase("sample", len(ranks.share(prompts))) as advance, state.frozen_on_device() as frozen:
+        state.freshness.sync(state.sampler, state.engine.full_model(), state.engine.num_updates, ranks)
+        scored, state.durations_s["score_duration_s"] = sample_and_score(
+            state.sampler,
+            frozen,
+            prompts,
+            config,
+            seed=sampling_seed(config, epoch, "sampling", ranks),
+            ranks=ranks,
+            num_valid_vocab=state.resolved.num_valid_vocab,
+            advance=advance,
+        )
+        state.engine.release_full_model()
+    return scored
 
 
 def score(state: State, samples: Sequence[Sample]) -> ScoredSamples:

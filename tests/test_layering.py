@@ -18,7 +18,7 @@ FOUNDATION |= {"attention_layout", "attention_sdpa", "attention_varlen", "attent
 FOUNDATION |= {"fused_layers"}
 # Only these know the order of the stages, or read the configuration for all of them.
 COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "placement"}
-COMPOSING |= {"run_state", "__init__", "__main__"}
+COMPOSING |= {"run_state", "overlap", "__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
     {"sampling", "sampling_transformers", "sampling_replay", "sample_files", "freshness"}

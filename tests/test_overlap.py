@@ -1,0 +1,127 @@
+"""Scoring while sampling: the same samples and targets, and the engine does not wait for the scorer."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from inverseq import overlap
+from inverseq.config_loading import load_config
+from inverseq.distributed import Ranks
+from inverseq.model import FrozenPair, frozen_copy, load_model
+from inverseq.sample_files import read_samples
+from inverseq.sampling import finished_samples, make_sampler, sample_responses
+from inverseq.targets import score_targets
+from inverseq.trainer import train
+from tests.fault_proxy import FaultProxy
+from tests.server_sampler import Trainer, make_prompts
+from tests.serving import shared_server
+from tests.tiny_run import TINY_RUN
+from tests.tiny_words import NUM_WORDS, make_word_model, make_word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Configuration, sampler and frozen pair of a tiny model on this process's CPU."""
+    path = make_word_model(tmp_path_factory.mktemp("model") / "words")
+    settings = ["model.device=cpu", "sampling.max_new_tokens=8", "sampling.batch_size=4", "packing.score_tokens=160"]
+    config = load_config("demo", [f"model.path={path}", "run_dir=unused", *settings])
+    model = load_model(path, config.model)
+    frozen = frozen_copy(model)
+    sampler = make_sampler(config.sampling, model, make_word_tokenizer(), num_valid_vocab=NUM_WORDS)
+    return config, sampler, FrozenPair(frozen, frozen)
+
+
+def together(parts, prompts, **changes):
+    config, sampler, frozen = parts
+    keywords = {"seed": 3, "ranks": Ranks(), "num_valid_vocab": NUM_WORDS, "advance": lambda count: None} | changes
+    return overlap.sample_and_score(sampler, frozen, prompts, config, **keywords)
+
+
+def test_samples_and_targets_are_those_of_two_phases(parts):
+    config, sampler, frozen = parts
+    prompts, announced = make_prompts(30), []
+    scored, score_s = together(parts, prompts, advance=announced.append)
+    samples = sample_responses(sampler, prompts, seed=3)
+    expected = score_targets(frozen, samples, config, num_valid_vocab=NUM_WORDS)
+    assert [s.rendered for s in scored.samples] == prompts and announced == [1] * 30 and score_s > 0
+    for ours, theirs in zip(scored.samples, samples, strict=True):
+        assert ours.response.token_ids.tolist() == theirs.response.token_ids.tolist()
+    assert np.array_equal(scored.offsets, expected.offsets)
+    torch.testing.assert_close(scored.targets, expected.targets, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scored.plain_logprobs, expected.plain_logprobs, rtol=0, atol=2e-5)
+
+
+def test_packs_are_filled_before_they_are_scored(parts, monkeypatch):
+    config, sampler, frozen = parts
+    scored_at_once = []
+    monkeypatch.setattr(
+        overlap, "score_targets", lambda *a, **k: (scored_at_once.append(a[1][:]), score_targets(*a, **k))[1]
+    )
+    together(parts, make_prompts(30))
+    sizes = [sum(overlap.scored_tokens(s, together=True) for s in samples) for samples in scored_at_once]
+    assert len(sizes) > 3 and max(sizes) <= 160
+    assert all(a + b > 160 for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_each_rank_answers_and_scores_its_share(parts):
+    class Second(Ranks):
+        def gather(self, value):
+            return [[("other", torch.zeros(1), torch.zeros(1))] * 4, value]
+
+    pieces = []
+    original = overlap.joined
+    try:
+        overlap.joined = lambda whole: pieces.extend(whole)
+        together(parts, make_prompts(8), ranks=Second(rank=1, world_size=2))
+    finally:
+        overlap.joined = original
+    assert [piece[0] if piece[0] == "other" else piece[0].rendered.prompt.id for piece in pieces] == [
+        *["other", "p1", "other", "p3", "other", "p5", "other", "p7"]
+    ]
+
+
+def test_no_prompts_give_no_samples(parts):
+    scored, _ = together(parts, [])
+    assert scored.samples == [] and scored.offsets.tolist() == [0] and len(scored.targets) == 0
+
+
+def test_the_server_goes_on_while_samples_are_scored(tmp_path, parts, monkeypatch):
+    config, _, frozen = parts
+    with FaultProxy(shared_server().root) as proxy:
+        trainer = Trainer(tmp_path, proxy.root, concurrency=1)
+        trainer.sync(0)
+        arrived = []
+
+        def slow_score(*arguments, **keywords):
+            before = len(proxy.requests)
+            time.sleep(0.5)
+            arrived.append(len(proxy.requests) - before)
+            return score_targets(*arguments, **keywords)
+
+        monkeypatch.setattr(overlap, "score_targets", slow_score)
+        scored, score_s = together((config, trainer.sampler, frozen), make_prompts(40))
+        assert len(scored.samples) == 40 and score_s >= 0.5
+        assert arrived[0] > 2  # requests that were sent while the first pack was scored
+
+
+def test_an_error_while_scoring_stops_the_engine(parts, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise ArithmeticError("the planted failure")
+
+    monkeypatch.setattr(overlap, "score_targets", fail)
+    with pytest.raises(ArithmeticError, match="planted"):
+        together(parts, make_prompts(30))
+    assert len([*finished_samples(parts[1], make_prompts(2), seed=0)]) == 2  # and it can be used again
+
+
+def test_a_run_with_overlap_trains_on_every_sample_once(tmp_path):
+    model = make_word_model(tmp_path / "model")
+    settings = [item for item in TINY_RUN if not item.startswith(("evaluation", "epochs"))]
+    options = [f"model.path={model}", f"run_dir={tmp_path / 'run'}", *settings, "epochs=1", "sampling.overlap=true"]
+    run_dir = train(load_config("demo", options))
+    scored = read_samples(run_dir / "samples" / "epoch_0001.jsonl")
+    assert len({sample.rendered.prompt.id for sample in scored.samples}) == 6
+    with pytest.raises(ValueError, match="sampling.overlap=True: expected false with a replayed run"):
+        load_config("demo", [*options, "sampling.backend=replay", f"sampling.replay_path={run_dir}"])
