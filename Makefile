@@ -2,11 +2,14 @@
 # make test   the same environment, then the whole test suite             (TESTS="tests/test_x.py -k name" for a part)
 # make demo   train the small chat model with the demo recipe             (RUN=DIR chooses or continues a run directory,
 #                                                                          ARGS="epochs=1 …" overrides the recipe)
+# make lmdeploy-env    a second environment, .venv-lmdeploy: LMDeploy beside .venv's packages, no GPU needed
+# make lmdeploy-test   what is used of LMDeploy, against its installed source
 # Nothing is downloaded but from pip's package index. PYTHON=python3.12 chooses the interpreter of .venv.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
+LMDEPLOY ?= .venv-lmdeploy
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 ifndef RUN
@@ -15,7 +18,7 @@ endif
 ARGS ?=
 TESTS ?= tests
 
-.PHONY: env test demo clean-env
+.PHONY: env test demo lmdeploy-env lmdeploy-test clean-env
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.installed
@@ -29,8 +32,13 @@ test: env
 demo: env
 	$(BIN)/inverseq-train --config demo $(if $(wildcard $(RUN)/config.yaml),--resume) run_dir="$(RUN)" $(ARGS)
 
+lmdeploy-env: env $(LMDEPLOY)/.installed
+
+lmdeploy-test: lmdeploy-env
+	$(LMDEPLOY)/bin/python -m pytest tests/test_sampling_lmdeploy_contract.py
+
 clean-env:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LMDEPLOY)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -52,4 +60,16 @@ $(VENV)/.packages: $(VENV)/.created constraints.txt
 # Editable, so that commands and tests use this checkout; rebuilt when a C++ source or the packaging changes.
 $(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py kernels/pyproject.toml $(wildcard csrc/*)
 	$(PIP) --no-build-isolation -e ./kernels -e ".[demo,test,deepspeed,eval,server,liger,trl,lora]"
+	@touch $@
+
+# LMDeploy pins an older torch and CUDA libraries that nothing here needs: it and what its import needs come without
+# their dependencies, and .venv's packages (torch, transformers, fastapi) are on its path.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(LMDEPLOY)/.installed: $(VENV)/.installed constraints.txt
+	rm -rf $(LMDEPLOY)
+	$(BIN)/python -m venv $(LMDEPLOY)
+	$(LMDEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --no-deps lmdeploy \
+	    mmengine-lite addict termcolor yapf platformdirs pybase64 shortuuid pyzmq xgrammar apache-tvm-ffi
+	$(BIN)/python $(PURELIB) > "$$($(LMDEPLOY)/bin/python $(PURELIB))/zz_shared.pth"
+	$(LMDEPLOY)/bin/python -c 'import lmdeploy.serve.openai.api_server'
 	@touch $@

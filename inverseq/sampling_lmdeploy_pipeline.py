@@ -88,9 +88,11 @@ class InProcess:
         """Free the GPU: weights to host memory, the cache away."""
         self.run(self.pipe.async_engine.sleep(1))
 
-    def wake_up(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+    def wake_up(self, tags: Sequence[str] = ()) -> None:
+        """Wake what ``tags`` name (weights, kv_cache), or all that sleeps; a tag that is awake would undo the call."""
+
         async def wake_up() -> None:
-            self.pipe.async_engine.wakeup(list(tags))
+            self.pipe.async_engine.wakeup(list(tags) or None)
 
         self.run(wake_up())
 

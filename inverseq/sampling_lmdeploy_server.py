@@ -80,8 +80,11 @@ class ApiServer:
         words = [self.config.python or sys.executable, "-m", "lmdeploy", "serve", "api_server", str(model_dir)]
         for name, value in options.items():
             words += [name, str(value)]
+        words += ["--disable-metrics"]
         # A cache of prompts would outlive an update of the weights, which only a new process forgets.
-        return [*words, *(["--enable-prefix-caching"] if self.share_prompts and not self.can_update else [])]
+        if self.share_prompts and not self.can_update:
+            words += ["--enable-prefix-caching"]
+        return words
 
     def start(self, model_dir: Path) -> None:
         """Serve the weights in ``model_dir``; RuntimeError with the end of the log when the server does not come up."""
@@ -136,7 +139,8 @@ class ApiServer:
         """Free the GPU: weights to host memory, the cache away. Raises EngineLost and what ``ask`` raises."""
         self.ask("POST", "/sleep?level=1", {}, timeout_s=self.config.timeout_s)
 
-    def wake_up(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+    def wake_up(self, tags: Sequence[str] = ()) -> None:
+        """Wake what ``tags`` name (weights, kv_cache), or all that sleeps; a tag that is awake would undo the call."""
         query = "&".join(f"tags={tag}" for tag in tags)
         self.ask("POST", f"/wakeup?{query}", {}, timeout_s=self.config.timeout_s)
 
