@@ -71,6 +71,7 @@ class FaultProxy:
         self.requests: list[dict] = []
         self.num_refreshes = 0
         self.rewrite: Callable[[dict], None] | None = None  # changes a completion request's body
+        self.adapt: Callable[[dict], None] | None = None  # changes a completion
         self.on_refresh: Callable[[], None] | None = None
         self.lock = threading.Lock()
         proxy = self
@@ -126,9 +127,11 @@ class FaultProxy:
             self.reply(handler, fault.status, b'{"error": {"message": "planned"}}', headers)
             return
         status, answer = self.ask_target(handler.path, body)
-        if isinstance(fault, str) and status == 200:
+        if handler.path.endswith("/completions") and status == 200:
             content = json.loads(answer)
-            FAULTS[fault](content)
+            for change in (FAULTS.get(fault), self.adapt):
+                if change is not None:
+                    change(content)
             answer = json.dumps(content).encode()
         if status:
             self.reply(handler, status, answer, {})
