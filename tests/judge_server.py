@@ -100,7 +100,7 @@ class JudgeServer:
                     number = len(outer.asked)
                     outer.asked.append(text)
                     outer.bodies.append(body)
-                    outer.headers.append(dict(self.headers))
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
                     outer.times.append(time.monotonic())
                     running += 1
                     outer.most_at_once = max(outer.most_at_once, running)
@@ -145,8 +145,11 @@ class JudgeServer:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 64  # a full queue would reset connections, faults that no test has planted
+            daemon_threads = True
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"

@@ -29,10 +29,12 @@ __all__ = ["AnswerCache", "Answers", "JudgeClient", "JudgeSettings", "Reply", "a
 
 logger = logging.getLogger(__name__)
 
+BACKOFF_S = 1.0  # before the first repetition; doubled with each further one
 MAX_WAIT_S = 120.0  # between two tries, unless the server asks for more
 MAX_FAILURES_IN_A_ROW = 8  # questions that spent all their tries: then the server is taken for down
 RETRIED_STATUS = (408, 409, 425, 429)  # and 500 upwards
 FATAL_STATUS = (401, 403, 404)
+NO_QUOTA = "insufficient_quota"  # a 429 that waiting does not mend
 
 
 class Fatal(EvaluationError):
@@ -54,7 +56,6 @@ class JudgeSettings:
     concurrency: int = 8
     timeout_s: float = 120.0
     retries: int = 6
-    backoff_s: float = 1.0  # before the first repetition; doubled with each further one
     max_requests: int | None = None  # repeated ones included
 
     def __post_init__(self):
@@ -174,7 +175,7 @@ class JudgeClient:
                 return self.request(text)
             except self.openai.APIStatusError as error:
                 reason = self.describe(error)
-                if error.status_code in FATAL_STATUS or "insufficient_quota" in str(error):
+                if error.status_code in FATAL_STATUS or error.code == NO_QUOTA:
                     raise Fatal(reason) from None
                 if error.status_code < 500 and error.status_code not in RETRIED_STATUS:
                     raise Unanswered(reason) from None
@@ -209,7 +210,7 @@ class JudgeClient:
         """Let time pass before the next try: what the server asks for, else twice as long each time, with jitter."""
         if attempt == self.settings.retries:
             return
-        pause = min(self.settings.backoff_s * 2**attempt, MAX_WAIT_S) * random.uniform(0.75, 1.25)
+        pause = min(BACKOFF_S * 2**attempt, MAX_WAIT_S) * random.uniform(0.75, 1.25)
         asked = retry_after_s(getattr(error, "response", None))
         if asked is not None or getattr(error, "status_code", None) == 429:
             pause = max(asked or 0.0, pause if asked is None else 0.0)
@@ -222,8 +223,9 @@ class JudgeClient:
         """One line about an error, without the key."""
         kind = f"status {error.status_code}" if hasattr(error, "status_code") else type(error).__name__
         hint = f"; is {self.settings.key_env} set and valid?" if kind in ("status 401", "status 403") else ""
+        code = f" ({error.code})" if getattr(error, "code", None) else ""
         text = " ".join(str(error).split())
-        return self.hide_key(f"{self.settings.server} ({self.settings.model}): {kind}: {text[:300]}{hint}")
+        return self.hide_key(f"{self.settings.server} ({self.settings.model}): {kind}: {text[:300]}{code}{hint}")
 
     def hide_key(self, text: str) -> str:
         return text.replace(self.settings.api_key, "***") if self.settings.api_key else text
