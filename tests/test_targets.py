@@ -1,13 +1,18 @@
 """Targets of packed views equal the formula computed one sequence at a time from full float64 logits."""
 
 import copy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from inverseq import targets
 from inverseq.attention import ATTENTION_NAME
-from inverseq.config import Config, ContrastConfig, ModelConfig, PackingConfig
+from inverseq.config import Config, ContrastConfig, EngineConfig, ModelConfig, PackingConfig
 from inverseq.model import FrozenPair, load_model
+from inverseq.packing import pack_views
+from inverseq.policy import Policy
 from inverseq.targets import score_targets
 from tests.tiny import make_tiny_model
 from tests.tiny_samples import make_samples, superior_logprobs
@@ -19,8 +24,7 @@ MODEL = ModelConfig(path="tiny", device="cpu")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return [
-        load_model(make_tiny_model(folder / str(seed), tied=bool(seed), seed=seed, scale=0.3), MODEL)
-        for seed in (0, 1)
+        load_model(make_tiny_model(folder / str(seed), tied=bool(seed), seed=seed, scale=0.3), MODEL) for seed in (0, 1)
     ]
 
 
@@ -76,3 +80,84 @@ def test_models_that_shape_their_logits_differently_are_refused(models):
     other.config.logits_scaling = 2.0
     with pytest.raises(ValueError, match="contrast.plain_model"):
         score(models[0], other, samples, kind="model")
+
+
+@pytest.fixture(scope="module")
+def half_model(tmp_path_factory):
+    path = make_tiny_model(tmp_path_factory.mktemp("models") / "half", seed=7, scale=0.3)
+    return load_model(path, ModelConfig(path="tiny", device="cpu", dtype="bfloat16"))
+
+
+def policy_pass(model, samples, targets, budget):
+    """Mean squared log-ratio and log π_θ of all actions, from packs of at most ``budget`` tokens."""
+    policy, offsets = Policy(model, 512, EngineConfig()), np.cumsum([0, *(s.num_actions for s in samples)])
+    logprobs, loss = torch.empty(len(targets)), 0.0
+    for pack in pack_views(samples, (-1,), token_budget=budget):
+        rows = pack.action_rows(offsets)
+        part, logprobs[rows] = policy(pack, targets[rows], torch.ones(len(rows)), float(len(targets)))
+        loss += part.item()
+    return loss, logprobs
+
+
+@pytest.mark.parametrize("policy_budget", [4096, 48])
+def test_with_the_same_weights_and_text_the_bf16_loss_is_nothing(half_model, policy_budget):
+    samples = make_samples(9, num_views=1, seed=8)
+    scored = score(half_model, half_model, samples, budget=4096)
+    loss, logprobs = policy_pass(half_model, samples, scored.targets, policy_budget)
+    assert loss < 1e-9
+    assert (scored.targets - logprobs).square().mean().sqrt() < 1e-5  # far below the goal of 0.02 nats
+
+
+def test_the_plain_view_rounds_as_the_policy_does_beside_a_shared_principle(half_model):
+    samples = make_samples(5, seed=9, longest=250)
+    prefixes = (np.arange(3, 60, dtype=np.int32), np.arange(3, 9, dtype=np.int32))
+    for sample in samples:
+        object.__setattr__(sample.rendered, "prefix_ids", prefixes)
+    (pack,) = pack_views(samples, (0, 1), token_budget=4096, share_prefix=True)
+    assert pack.parent_seq.tolist() == [-1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1]
+    scored = score(half_model, half_model, samples, budget=4096, share_prefix=True)
+    _, logprobs = policy_pass(half_model, samples, scored.targets, 512)
+    torch.testing.assert_close(scored.plain_logprobs, logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_principle_is_shared_on_a_cpu_and_elsewhere_when_asked_for():
+    def shares(value, device_type="cpu", num_views=2):
+        return PackingConfig(share_prefix=value).shares_prefix(device_type, num_views)
+
+    assert shares("auto") and not shares("auto", "cuda") and not shares("auto", num_views=1)
+    assert shares("true", "cuda") and shares(True, "cuda") and not shares("false") and not shares(False)
+    with pytest.raises(ValueError, match=r"packing\.share_prefix='yes': expected one of auto, true, false"):
+        PackingConfig(share_prefix="yes")
+
+
+def test_on_cuda_a_result_is_waited_for_when_the_next_forward_has_been_launched(monkeypatch):
+    events = []
+
+    class Stream:
+        def record_event(self):
+            index = sum("launched" in event for event in events) - 1
+            return SimpleNamespace(synchronize=lambda: events.append(f"waited for {index}"))
+
+    def launch():
+        for index in range(3):
+            events.append(f"launched {index}")
+            yield (index, torch.tensor([index]))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    found = list(targets._read_behind(launch(), torch.device("cuda")))
+    assert [(pack, tensor.item()) for pack, tensor in found] == [(0, 0), (1, 1), (2, 2)]
+    assert events == ["launched 0", "launched 1", "waited for 0", "launched 2", "waited for 1", "waited for 2"]
+    events.clear()
+    on_cpu = targets._read_behind(launch(), torch.device("cpu"))
+    assert next(on_cpu)[0] == 0 and events == ["launched 0"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_scoring_on_cuda_gives_what_it_gives_on_a_cpu(models, share_prefix):
+    samples = make_samples(12, seed=10)
+    expected = score(models[0], models[0], samples, budget=96)
+    device = copy.deepcopy(models[0]).cuda()
+    actual = score(device, device, samples, budget=96, share_prefix=share_prefix)
+    torch.testing.assert_close(actual.targets, expected.targets, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual.plain_logprobs, expected.plain_logprobs, rtol=0, atol=1e-3)
