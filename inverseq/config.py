@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass, field, fields, is_dataclass
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "EvaluationConfig",
     "LmdeployConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "PackingConfig",
+    "PolicyConfig",
     "PromptsConfig",
     "SamplingConfig",
     "ServerConfig",
@@ -69,6 +72,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = option(0, "rank of LoRA adapters, which alone are trained then; 0 trains all weights")
+    alpha: float = option(32.0, "LoRA's alpha: adapters are scaled by alpha / rank")
+    target_modules: str = option("all-linear", "modules that get adapters: all-linear, or names such as q_proj,v_proj")
+    rank_stabilized: bool = option(False, "scale adapters by alpha / √rank instead")
+
+    def __post_init__(self):
+        require(self.rank >= 0, "policy.lora.rank", self.rank, "0 or more")
+        require(0 < self.alpha < math.inf, "policy.lora.alpha", self.alpha, "a positive number")
+        require(bool(self.target_modules.strip()), "policy.lora.target_modules", self.target_modules, "module names")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
 class ContrastConfig:
     kind: str = option("principle", "principle (same weights, two views) or model (same view, two sets of weights)")
     alpha: float = option(1.4, "α of log π̂ ∝ α log π_w + (1 − α) log π_l; finite, any sign")
@@ -77,8 +98,10 @@ class ContrastConfig:
         "", "system text of the plain view; empty is an explicit empty system message, null keeps the template's own"
     )
     plain_model: str = option("", "π_l of the model contrast (an SFT model); π_w is the initial policy")
+    refresh_every: int = option(0, "epochs after which the policy takes the place of μ, again and again; 0 is never")
 
     def __post_init__(self):
+        require(self.refresh_every >= 0, "contrast.refresh_every", self.refresh_every, "0 or more")
         one_of("contrast.kind", self.kind, ("principle", "model"))
         require(math.isfinite(self.alpha), "contrast.alpha", self.alpha, "a finite number")
         if self.kind == "model":
@@ -140,10 +163,14 @@ class ServerConfig:
         )  # fmt: skip
         if self.refresh_body:
             try:
-                is_object = isinstance(json.loads(self.refresh_body), dict)
+                is_object = isinstance(json.loads(self.refresh_body.replace("{step}", "0")), dict)
             except ValueError:
                 is_object = False
             require(is_object, "sampling.server.refresh_body", self.refresh_body, "a JSON object")
+        try:
+            shlex.split(self.refresh_command)
+        except ValueError as error:
+            raise ValueError(f"sampling.server.refresh_command={self.refresh_command!r}: {error}") from None
         is_url = self.refresh_url.startswith(("http://", "https://")) or not self.refresh_url
         require(is_url, "sampling.server.refresh_url", self.refresh_url, "http://… or https://…")
 
@@ -195,6 +222,9 @@ class SamplingConfig:
         0.1, "stop when engine and trainer disagree on a probe prompt by more nats a token in the mean; 0 never stops"
     )
     overlap: bool = option(False, "score finished samples while others are still being generated")
+    ahead: bool = option(
+        False, "backend=server: draw the next epoch's samples while this one trains, from weights one epoch old"
+    )
     server: ServerConfig = field(default_factory=ServerConfig)
     lmdeploy: LmdeployConfig = field(default_factory=LmdeployConfig)
 
@@ -202,6 +232,8 @@ class SamplingConfig:
         one_of("sampling.backend", self.backend, ("transformers", "server", "lmdeploy", "replay"))
         gap = self.max_logprob_gap
         require(0 <= gap < math.inf, "sampling.max_logprob_gap", gap, "0 or more nats")
+        is_apart = self.backend == "server"
+        require(is_apart or not self.ahead, "sampling.ahead", self.ahead, "false unless sampling.backend=server")
         if self.backend == "server":
             self.server.check_complete()
         for key in ("max_new_tokens", "samples_per_epoch", "samples_per_prompt", "batch_size"):
@@ -320,6 +352,7 @@ class LoggingConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -339,6 +372,13 @@ class Config:
         if self.sampling.backend == "replay":
             require(not self.sampling.overlap, "sampling.overlap", True, "false with a replayed run")
             require(not self.evaluation.every, "evaluation.every", self.evaluation.every, "0 with a replayed run")
+        if self.policy.lora.rank:
+            # One copy of the weights serves policy and μ, and it stays where it is.
+            sampler = self.sampling.backend
+            require(sampler in ("transformers", "replay"), "sampling.backend", sampler, "transformers with policy.lora")
+            require(not self.sampling.overlap, "sampling.overlap", True, "false with policy.lora")
+            refresh = self.contrast.refresh_every
+            require(not refresh, "contrast.refresh_every", refresh, "0 with policy.lora")
         require(bool(self.model.path), "model.path", self.model.path, "a model directory or hub id")
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder for the run")
 

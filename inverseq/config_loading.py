@@ -87,6 +87,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """``; did you mean …?`` for the nearest known word, or nothing when none is near."""
     same_leaf = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
+    same_leaf.sort(key=lambda key: key.count("."))  # alpha is contrast.alpha rather than policy.lora.alpha
     by_leaf = {key.rpartition(".")[2]: key for key in known}
     near_leaf = [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], by_leaf, n=1)]
     near = difflib.get_close_matches(word, known, n=1) or same_leaf or near_leaf

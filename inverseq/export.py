@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic import atomic_directory, naming_file
+from .lora import export_adapters, has_adapters, merged_model
 
 __all__ = ["export_model"]
 
@@ -31,10 +32,14 @@ def export_model(
     """Write model and tokenizer to the folder ``path``, replacing an older export whole, and return it.
 
     ``weights`` are the model's by name where it does not hold them whole itself (a sharded engine's).
+    Adapters are merged into the weights, and also written alone to the folder ``adapter`` beside it, for peft.
     ``chat_template`` is the template that training used where it is not the tokenizer's own.
     Raises OSError naming the folder when it cannot be written; the older export then stands as it was.
     """
     path = Path(path)
+    if has_adapters(model):
+        export_adapters(model, path.with_name("adapter"))
+        model = merged_model(model)
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from .config import Config
+from .config import Config, LoraConfig
 
 __all__ = [
     "PHASES",
@@ -27,6 +27,7 @@ __all__ = [
     "ModelSize",
     "Placement",
     "activation_bytes_per_token",
+    "adapter_parameters",
     "available_bytes",
     "estimate_memory",
     "host_bytes_of",
@@ -179,6 +180,14 @@ def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     in the weights' dtype until they are added to the fp32 sum, unless ZeRO-2 and 3 reduce them bucket by bucket.
     """
     b, count, stage = job.weight_bytes, job.policy.num_parameters, placement.zero_stage
+    if job.config.policy.lora.rank:
+        adapters = adapter_parameters(job.policy, job.config.policy.lora)
+        return [
+            MemoryPart("policy weights", count * b, PHASES, "b·P"),
+            MemoryPart("adapters", adapters * FP32, PHASES, f"4·{adapters:,} in fp32"),
+            MemoryPart("AdamW moments", 2 * adapters * FP32, PHASES, "2·4 per adapter weight"),
+            MemoryPart("gradients", adapters * FP32, ("train",), "4 per adapter weight"),
+        ]
     on_gpu = job.hardware.device_type == "cuda"
     offload_optimizer = placement.offload_optimizer and on_gpu
     offload_parameters = placement.offload_parameters and on_gpu
@@ -200,9 +209,23 @@ def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     return parts
 
 
+def adapter_parameters(size: ModelSize, lora: LoraConfig) -> int:
+    """Weights of LoRA adapters: rank·(in + out) for each linear layer of a Llama block that gets one."""
+    d, i, q, kv = size.hidden, size.intermediate, size.query_width, size.key_value_width
+    layers = {
+        "q_proj": d + q, "k_proj": d + kv, "v_proj": d + kv, "o_proj": q + d,
+        "gate_proj": d + i, "up_proj": d + i, "down_proj": i + d,
+    }  # fmt: skip
+    names = [name.strip() for name in lora.target_modules.split(",")]
+    chosen = layers if names == ["all-linear"] else {name: layers.get(name, d + i) for name in names}
+    return size.num_layers * lora.rank * sum(chosen.values())
+
+
 def frozen_parts(job: Job, placement: Placement) -> list[MemoryPart]:
-    """The frozen models; those kept on the host are moved to the device to score."""
+    """The frozen models; those kept on the host are moved to the device to score. Under LoRA μ is the policy's base."""
     models = [("frozen model", job.policy.num_parameters, "a copy of the initial policy")]
+    if job.config.policy.lora.rank:
+        models = []
     if job.plain is not None:
         models.append(("frozen plain model", job.plain.num_parameters, "π_l"))
     parts = []
@@ -259,7 +282,7 @@ def operation_parts(job: Job) -> list[MemoryPart]:
     """What the fused operations hold beside their outputs."""
     workspace = (job.config.engine.workspace_mib or DEFAULT_WORKSPACE_MIB[job.hardware.device_type]) * 2**20
     parts = [MemoryPart("workspace of the operations", workspace, ("score", "train"), "engine.workspace_mib")]
-    if job.weight_bytes < FP32:
+    if job.weight_bytes < FP32 and not job.config.policy.lora.rank:
         accumulator = job.policy.vocab * job.policy.hidden * FP32
         parts.append(MemoryPart("head gradient accumulator", accumulator, ("train",), "4 V·D for 16-bit weights"))
     return parts

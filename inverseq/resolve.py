@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from .chat import ChatRenderer, load_chat_template, load_principle
 from .checkpoint import check_or_offer_older, checkpoint_epoch, latest_checkpoint
 from .config import Config, ModelConfig
+from .lora import check_lora
 from .model import resolve_device
 from .packing import write_pack
 from .prompts import PromptStream, ReadReport, load_prompts
@@ -154,6 +155,8 @@ def check_environment(config: Config) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if config.engine.kernel_backend == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(f"engine.kernel_backend='triton': needs a CUDA device, and the device is {device.type}")
+    if config.policy.lora.rank:
+        check_lora()
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("logging.wandb=True: the package wandb is not installed")
     if config.sampling.backend == "replay" and not Path(config.sampling.replay_path).expanduser().is_dir():

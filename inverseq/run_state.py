@@ -19,6 +19,7 @@ from .distributed import Ranks
 from .engine import Engine, TorchEngine
 from .engine_deepspeed import DeepSpeedEngine, check_deepspeed, shard_frozen
 from .freshness import Freshness
+from .lora import AdapterlessPair, adapters_off, add_adapters, has_adapters
 from .memory import Placement
 from .memory_peaks import PeakMemory
 from .metrics import MetricsLog
@@ -30,6 +31,7 @@ from .records import ScoredSamples
 from .resolve import Resolved
 from .sample_files import held_out_path, read_samples
 from .sampling import Sampler, make_sampler
+from .sampling_ahead import SamplesAhead
 from .sampling_transformers import stop_token_ids
 from .steps import step_sizes
 
@@ -55,6 +57,7 @@ class State:
     placement: Placement
     memory: PeakMemory
     held_out: ScoredSamples | None = None
+    ahead: SamplesAhead | None = None  # the next epoch's, while this one trains
     epoch: int = 0
     running_epoch: int = 0
     durations_s: dict[str, float] = field(default_factory=dict)
@@ -74,7 +77,11 @@ class State:
 
     @contextmanager
     def frozen_on_device(self) -> Iterator[FrozenPair]:
-        """The frozen pair where it can be run; one that stands on the host is there on the device for a while."""
+        """The frozen pair where it can be run: on the device for a while, or the policy without its adapters."""
+        if has_adapters(self.policy.model):
+            with adapters_off(self.policy.model):
+                yield self.frozen
+            return
         moved = list(self.frozen.parameters()) if self.placement.frozen == "host" else []
         at_home = [weight.data for weight in moved]
         for weight in moved:
@@ -96,6 +103,8 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
+    if config.policy.lora.rank:
+        add_adapters(initial, config.policy.lora, seed=config.seed)
     frozen = build_frozen(resolved, initial, placement)
     if placement.gradient_checkpointing:
         enable_gradient_checkpointing(initial)
@@ -157,6 +166,10 @@ def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
     if asked == "torch" and reasons:
         raise ValueError(f"engine.kind='torch': runs in one process without offload; {reasons[0]} needs deepspeed")
     kind = asked if asked != "auto" else "deepspeed" if reasons else "torch"
+    if kind == "deepspeed" and config.policy.lora.rank:
+        raise ValueError(
+            f"policy.lora.rank={config.policy.lora.rank}: runs in one process without offload, not under deepspeed"
+        )
     if kind == "deepspeed":
         check_deepspeed()
     return kind
@@ -164,11 +177,14 @@ def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
 
 def build_frozen(resolved: Resolved, initial: PreTrainedModel, placement: Placement) -> FrozenPair:
     """π_w and π_l, from the initial policy and for the model contrast another model, where the placement says."""
-    better = plain = frozen_copy(initial)
+    plain = None
     if resolved.plain_model_path is not None:
         plain = load_model(resolved.plain_model_path, resolved.config.model)
         check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
-    frozen = FrozenPair(better, plain)
+    if has_adapters(initial):
+        return AdapterlessPair(initial, plain)
+    better = frozen_copy(initial)
+    frozen = FrozenPair(better, better if plain is None else plain)
     if placement.frozen == "sharded":
         return shard_frozen(frozen)
     if placement.frozen == "host" and initial.device.type == "cuda":

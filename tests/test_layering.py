@@ -15,13 +15,13 @@ KERNELS = ROOT / "kernels" / "inverseq_kernels"
 # What every stage may import, apart from the kernels.
 FOUNDATION = {"records", "config", "attention", "model", "packing", "atomic", "distributed"}
 FOUNDATION |= {"attention_layout", "attention_sdpa", "attention_varlen", "attention_flex"}
-FOUNDATION |= {"fused_layers"}
+FOUNDATION |= {"fused_layers", "lora"}
 # Only these know the order of the stages, or read the configuration for all of them.
 COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "placement"}
 COMPOSING |= {"run_state", "overlap", "__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
-    {"sampling", "sampling_transformers", "sampling_replay", "sample_files", "freshness"}
+    {"sampling", "sampling_transformers", "sampling_replay", "sampling_ahead", "sample_files", "freshness"}
     | {"sampling_attention", "sampling_noise", "sampling_lmdeploy", "sampling_lmdeploy_pipeline"}
     | {"sampling_lmdeploy_server", "sampling_lmdeploy_client", "sampling_lmdeploy_weights", "sampling_lmdeploy_guard"}
     | {"sampling_server", "sampling_server_client", "sampling_server_protocol", "sampling_server_weights"},

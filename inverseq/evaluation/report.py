@@ -208,7 +208,8 @@ def sample_section(credit: TokenCredit, *, is_open: bool) -> str:
     numbers = f": {credit.total:+.2f} nats over {count:,} tokens, {credit.finish_reason}"
     return "".join(
         [
-            f"<details{' open' if is_open else ''}><summary><bdi>{escape(credit.prompt_id)}</bdi>{escape(numbers)}</summary>",
+            f"<details{' open' if is_open else ''}>",
+            f"<summary><bdi>{escape(credit.prompt_id)}</bdi>{escape(numbers)}</summary>",
             messages_html(credit.messages),
             '<div class="role">assistant</div>',
             credit_html(credit),
