@@ -91,8 +91,12 @@ class TransformersSampler:
         self.model = policy
         self.weights_step = weights_step
 
-    def generate(self, prompts: Sequence[RenderedPrompt], *, seed: int) -> Iterator[tuple[int, Response]]:
+    def generate(
+        self, prompts: Sequence[RenderedPrompt], *, seed: int, lengths: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Response]]:
         """Yield (index of the prompt, response) as they finish; see ``Sampler.generate``.
+
+        ``lengths`` forces each response to have so many tokens, with no token that ends it, for benchmarks.
 
         While it runs, the model is in evaluation mode with the engine's attention, and torch's global generators are
         the engine's: use neither before the last response is there. Then, or when it is closed early or raises, all of
@@ -102,25 +106,31 @@ class TransformersSampler:
             return
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), engine_mode(self.model, self.num_valid_vocab):
-            manager, waiting = self.submit(prompts, seed)
+            manager, waiting = self.submit(prompts, seed, lengths)
             try:
                 manager.start()
                 while waiting:
                     output = next_output(manager)
-                    yield waiting.pop(output.request_id), self.response(output, seed)
+                    index = waiting.pop(output.request_id)
+                    if lengths is None:
+                        self.check(output.generated_tokens)
+                    yield index, self.response(output.generated_tokens, seed)
             finally:
                 stop(manager, waiting)
 
-    def submit(self, prompts: Sequence[RenderedPrompt], seed: int):
+    def submit(self, prompts: Sequence[RenderedPrompt], seed: int, lengths: Sequence[int] | None = None):
         """An engine that has all prompts and is not running yet, and the prompt's index of every request's name.
 
         Long prompts first: a step that reads a long prompt holds up the decoding of the others, and a response that
         starts late is alone at the end. All before the thread starts: what stands together in a batch must not depend
         on how fast two threads run.
         """
+        limits, stop_ids = [self.config.max_new_tokens] * len(prompts), self.stop_ids
         groups = equal_prompts(prompts, self.config.batch_size)
+        if lengths is not None:
+            limits, stop_ids, groups = list(lengths), (-1,), [[index] for index in range(len(prompts))]
         manager = self.model.init_continuous_batching(
-            generation_config=self.generation_config(),
+            generation_config=self.generation_config(stop_ids),
             continuous_batching_config=self.batching_config(
                 [len(prompt.policy_ids) for prompt in prompts], seed, num_forks=max(map(len, groups)) - 1
             ),
@@ -130,7 +140,7 @@ class TransformersSampler:
         for first, *others in sorted(groups, key=lambda group: -len(prompts[group[0]].policy_ids)):
             manager.num_return_sequences = 1 + len(others)
             name = manager.add_request(
-                prompts[first].policy_ids.tolist(), request_id=str(first), max_new_tokens=self.config.max_new_tokens
+                prompts[first].policy_ids.tolist(), request_id=str(first), max_new_tokens=limits[first]
             )
             if name is None:
                 raise RuntimeError("transformers' continuous batching refused a prompt")
@@ -161,9 +171,9 @@ class TransformersSampler:
     def close(self) -> None:
         """Nothing is held between two calls of ``generate``."""
 
-    def generation_config(self) -> GenerationConfig:
+    def generation_config(self, stop_ids: Sequence[int] | None = None) -> GenerationConfig:
         """Untempered sampling. The model's generation_config.json is not read, whatever it says."""
-        limits = {"max_new_tokens": self.config.max_new_tokens, "eos_token_id": list(self.stop_ids)}
+        limits = {"max_new_tokens": self.config.max_new_tokens, "eos_token_id": list(stop_ids or self.stop_ids)}
         if self.config.per_prompt_seeds:
             return GenerationConfig(do_sample=False, **limits)  # the largest sum of logit and noise is the draw
         return GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **limits)
@@ -194,18 +204,19 @@ class TransformersSampler:
         # Releases before 5.17 lack some of these; there the cache's size alone bounds the batch.
         return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
 
-    def response(self, output, seed: int) -> Response:
-        """The engine's output as a record; the stop token is kept, because ending is an action that is trained."""
-        token_ids = np.array(output.generated_tokens, dtype=np.int32)
-        num_tokens = len(token_ids)
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raise RuntimeError for a response that ends where it should not."""
         stops = np.isin(token_ids, self.stop_ids)
-        if not (0 < num_tokens <= self.config.max_new_tokens) or stops[:-1].any():
-            raise RuntimeError(f"transformers returned {num_tokens} tokens, stop tokens at {np.flatnonzero(stops)}")
-        if not stops[-1] and num_tokens < self.config.max_new_tokens:
-            raise RuntimeError(f"transformers ended a response after {num_tokens} tokens without a stop token")
+        if not (0 < len(stops) <= self.config.max_new_tokens) or stops[:-1].any():
+            raise RuntimeError(f"transformers returned {len(stops)} tokens, stop tokens at {np.flatnonzero(stops)}")
+        if not stops[-1] and len(stops) < self.config.max_new_tokens:
+            raise RuntimeError(f"transformers ended a response after {len(stops)} tokens without a stop token")
+
+    def response(self, token_ids: Sequence[int], seed: int) -> Response:
+        """The engine's tokens as a record; the stop token is kept, because ending is an action that is trained."""
         return Response(
-            token_ids=token_ids,
-            finish_reason="stop" if stops[-1] else "length",
+            token_ids=np.array(token_ids, dtype=np.int32),
+            finish_reason="stop" if token_ids[-1] in self.stop_ids else "length",
             seed=seed,
             engine=self.name,
             engine_version=self.version,

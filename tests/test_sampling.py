@@ -130,7 +130,7 @@ def test_sampled_tokens_follow_the_policys_softmax_whatever_generation_config_sa
 
     tempered = sampler.generation_config()
     tempered.temperature = 0.8
-    monkeypatch.setattr(sampler, "generation_config", lambda: tempered)
+    monkeypatch.setattr(sampler, "generation_config", lambda stop_ids: tempered)
     assert chi_square_p_value(responses_of(sample_responses(sampler, prompts, seed=1)), probabilities) < 1e-6
 
 

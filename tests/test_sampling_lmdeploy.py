@@ -64,7 +64,7 @@ def run(tmp_path, monkeypatch):
     samplers = []
 
     def make(script: dict | None = None, *, synced: bool = True, **options) -> LmdeploySampler:
-        options = {"timeout_s": 2.0, "start_s": 20.0} | options
+        options = {"timeout_s": 20.0, "start_s": 60.0} | options
         config = SamplingConfig(backend="lmdeploy", max_new_tokens=8, batch_size=3, lmdeploy=LmdeployConfig(**options))
         engine = StandInServer(config, tmp_path)
         engine.script.write_text(json.dumps(script or {}))
@@ -158,7 +158,7 @@ def test_an_answer_that_must_not_be_trained_on_is_asked_for_again(run, fault):
 
 @pytest.mark.parametrize("fault", ["die", "hang"])
 def test_an_engine_that_is_lost_in_a_batch_is_started_again_with_the_same_weights(run, fault):
-    sampler = run({"faults": {"/generate": [None, fault]}})
+    sampler = run({"faults": {"/generate": [None, fault]}}, timeout_s=3.0 if fault == "hang" else 20.0)
     sampler.policy.marker = 5  # the folder of all ranks holds other weights by now
     rechecks = []
     sampler.recheck = lambda: rechecks.append(sampler.engine.is_running)

@@ -202,6 +202,14 @@ def test_keys_differ_by_seed_prompt_and_occurrence():
     assert prompt_keys([first], 0)[0].tobytes() == keys[0].tobytes()
 
 
+def test_forced_lengths_are_exact_whatever_is_sampled():
+    model, prompts = make_model(), repeat_prompts(mixed_prompts(4), 2)
+    lengths = [1, 5, 30, 2, 9, 7, 3, 12]
+    answers = dict(make(model, max_new_tokens=8, batch_size=3).generate(prompts, seed=0, lengths=lengths))
+    assert [len(answers[i].token_ids) for i in range(8)] == lengths
+    assert any(np.isin(answer.token_ids[:-1], (1, 5)).any() for answer in answers.values())  # past stop tokens
+
+
 def test_the_recorded_seed_is_the_one_that_was_used_on_every_rank(monkeypatch):
     sampler, prompts = make(make_model(), max_new_tokens=8, batch_size=5), mixed_prompts(9)
     alone = sample_responses(sampler, prompts, seed=3)
