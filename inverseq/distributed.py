@@ -7,10 +7,13 @@ through the default group, which is the engine's. Left out: starting processes, 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "DEEPSPEED_TIMEOUT", 60  # how long a rank waits for the others
 FAILURE_KEY = "failure"
-POLL_S, GRACE_S = 1.0, 15.0
+POLL_S, GRACE_S, MEETING_POLL_S = 1.0, 15.0, 0.02
 
 
 class RankFailed(RuntimeError):
@@ -100,23 +103,26 @@ class Ranks:
         raises ``RankFailed``, which names it. A rank that sits in a collective operation and cannot be reached ends
         itself. Ends the process group.
         """
+        is_ours = self.world_size > 1 or not dist.is_initialized()  # an engine may make a group of one process
         try:
             yield
         except BaseException as error:
             failure = self.watch.report(error) if self.watch is not None else None
-            if self.group is None:  # an NCCL group may wait here for operations that will never end
-                self._leave()
+            if is_ours and self.group is None:  # an NCCL group may wait here for operations that will never end
+                leave_group()
             if failure is not None:
                 raise failure from None
             raise
         if self.watch is not None:
             self.watch.close()
             self.barrier()  # rank 0 may hold the store that the watches of the others read
-        self._leave()
+        if is_ours:
+            leave_group()
 
-    def _leave(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+
+def leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def init_ranks(config: Config) -> Ranks:
@@ -145,7 +151,9 @@ def init_ranks(config: Config) -> Ranks:
     timeout = timedelta(minutes=int(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_MINUTES))
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout)
+        store = _store_of_attempt(rank, world_size, timeout)
+        meeting = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, **meeting)
     except dist.DistError as error:
         said = str(error).strip().splitlines()[0]
         raise ValueError(f"MASTER_ADDR:MASTER_PORT={address}: the ranks could not meet there: {said}") from error
@@ -153,6 +161,38 @@ def init_ranks(config: Config) -> Ranks:
     counts = [0] * world_size  # torchrun counts a restart on the machine alone where a process failed
     dist.all_gather_object(counts, num_restarts, group=group)
     return Ranks(rank, world_size, local_rank, group, FailureWatch(rank, sum(counts)), sum(counts))
+
+
+def _store_of_attempt(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """The launcher's store under a name of this attempt, or None for a launcher that has none or a new one.
+
+    torchrun's agents keep one store over restarts. There gloo and NCCL would find the addresses of processes that have
+    died (symptom: "Connection refused" or no end of init_process_group), and the agents of several machines count
+    restarts differently. So rank 0 invents a name, and repeats beside it what the others said last, until each of
+    them has found there what it said itself; what earlier attempts left is never taken for an answer.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=timeout)
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    hello, welcome, others = "inverseq/hello/", "inverseq/welcome", [str(other) for other in range(1, world_size)]
+    if rank > 0:
+        store.set(f"{hello}{rank}", word)
+    while True:
+        if rank == 0:
+            store.set(welcome, json.dumps([word, {other: store.get(hello + other).decode() for other in others}]))
+            name, met = word, store.check([f"{word}/{other}" for other in others])
+        else:
+            name, words = json.loads(store.get(welcome))
+            met = words.get(str(rank)) == word
+        if met:
+            break
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {rank} of {world_size} waited {timeout} for the others")
+        time.sleep(MEETING_POLL_S)
+    store.set(f"{name}/{rank}", "")
+    return dist.PrefixStore(name, store)
 
 
 class FailureWatch:
@@ -181,8 +221,8 @@ class FailureWatch:
         reason = f"{self.rank} {type(error).__name__}: {error}"
         try:
             return self._understood(self.store.compare_set(FAILURE_KEY, "", reason).decode())
-        except dist.DistError:
-            return None  # the process that held the store has gone; this rank knows of no other failure
+        except dist.DistError:  # the store's process ends only by failing while others still run
+            return RankFailed(0, "its process has gone") if self.rank != 0 else None
 
     def close(self) -> None:
         """Stop watching."""
