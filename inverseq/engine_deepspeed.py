@@ -13,6 +13,7 @@ import copy
 import io
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -48,9 +49,9 @@ def load_deepspeed(device: torch.device) -> Any:
     """The module, ready for this device: with a process group, without a compiler, and silent."""
     check_deepspeed()
     if not dist.is_initialized():  # one process without a launcher: DeepSpeed would ask for MPI
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

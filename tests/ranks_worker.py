@@ -1,12 +1,14 @@
-"""Trains one configuration after the other in the processes of one torchrun: starting them is what costs.
+"""Runs one job after the other in the processes of one torchrun: starting them is what costs.
 
-``python -m tests.ranks_worker JOBS`` with JOBS a JSON list of {"name", "overrides", "resume"}; rank 0 writes
-NAME.ok or, where a rank raised, every such rank NAME.error.RANK beside JOBS. Raises at the end when one did.
+``python -m tests.ranks_worker JOBS`` with JOBS a JSON list of {"name", "action", "overrides", …}. Rank 0 writes NAME.ok
+beside JOBS, or every rank that raised NAME.error.RANK; a job that raises without meaning to ends all.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -15,21 +17,98 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from inverseq import trainer
+from inverseq.config import Config
 from inverseq.config_loading import load_config
 from inverseq.distributed import Ranks, init_ranks
+from inverseq.engine import NonFiniteError
+from inverseq.resolve import resolve
+from inverseq.run_state import State, build_state
+from inverseq.sample_files import read_samples, samples_path
+from inverseq.steps import plan_steps
+from tests.ranks_jobs import cut_back
 
-ACTIONS = {}  # by name: what a job does around its training, in the processes of the ranks
+
+def train(config: Config, ranks: Ranks, job: dict) -> None:
+    trainer.train_ranks(config, ranks, resume=False)
 
 
-def action(function):
-    ACTIONS[function.__name__] = function
-    return function
+def resume(config: Config, ranks: Ranks, job: dict) -> None:
+    """Go on from a copy of another run's first checkpoints."""
+    if ranks.is_main:
+        cut_back(Path(job["copy"]), Path(config.run_dir), num_epochs=job["num_epochs"])
+    ranks.barrier()
+    trainer.train_ranks(config, ranks, resume=True)
 
 
-def run_job(job: dict, ranks: Ranks) -> None:
-    config = load_config("demo", job["overrides"])
-    around = ACTIONS.get(job.get("action"), lambda train: train())
-    around(lambda: trainer.train_ranks(config, ranks, resume=job["resume"]))
+def one_process(config: Config, ranks: Ranks, job: dict) -> None:
+    """``resume`` by the command in one process, while the ranks wait."""
+    if ranks.is_main:
+        cut_back(Path(job["copy"]), Path(config.run_dir), num_epochs=job["num_epochs"])
+        launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in launched}
+        command = [sys.executable, "-m", "inverseq.cli", "--config", "demo", "--resume", *job["overrides"]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    ranks.barrier()
+
+
+def state_of(config: Config, ranks: Ranks, job: dict) -> tuple[State, list]:
+    """A run before its first step, and the steps of the epoch that another run has sampled."""
+    state = build_state(resolve(config), ranks)
+    scored = read_samples(samples_path(job["samples_of"], 1))
+    return state, plan_steps(scored, config.optim, config.packing, num_ranks=ranks.world_size, rank=ranks.rank)
+
+
+def weights_of(state: State) -> list[torch.Tensor]:
+    weights = [weight.clone() for weight in state.engine.full_model().parameters()]
+    state.engine.release_full_model()
+    return weights
+
+
+def not_a_number_on_one_rank(config: Config, ranks: Ranks, job: dict) -> None:
+    """Rank 1 spoils its loss, then only its gradient: no rank updates and all raise."""
+    state, steps = state_of(config, ranks, job)
+    before = weights_of(state)
+    state.engine.train_step(steps[0])
+    after_one = weights_of(state)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after_one, strict=True))
+    good = steps[0].targets[0].clone()
+    for spoil in ("loss", "gradient"):
+        if ranks.rank == 1 and spoil == "loss":
+            steps[0].targets[0][0] = float("nan")
+        if ranks.rank == 1 and spoil == "gradient":
+            norm = state.policy.model.get_decoder().norm
+            norm.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("inf"),))
+        try:
+            state.engine.train_step(steps[0])
+        except NonFiniteError as error:
+            assert "optimizer step 2" in str(error)
+        else:
+            raise AssertionError(f"a spoilt {spoil} was trained on")
+        steps[0].targets[0].copy_(good)
+        assert all(torch.equal(a, b) for a, b in zip(after_one, weights_of(state), strict=True)), spoil
+        assert state.engine.num_updates == 1
+
+
+def a_wrong_copy_is_noticed(config: Config, ranks: Ranks, job: dict) -> None:
+    """A gathered copy that is not the trained model stops the run before anything is sampled from it."""
+    state, _ = state_of(config, ranks, job)
+    gathered = state.engine.zero.GatheredParameters
+
+    class Stale(gathered):
+        def __enter__(self):
+            super().__enter__()
+            self.params[0].data.mul_(1.5)
+
+    state.engine.zero.GatheredParameters = Stale
+    try:
+        state.engine.full_model()
+    except RuntimeError as error:
+        assert "not the trained ones" in str(error)
+    else:
+        raise AssertionError("the copy was taken")
+    finally:
+        state.engine.zero.GatheredParameters = gathered
 
 
 def main(path: Path) -> None:
@@ -37,17 +116,14 @@ def main(path: Path) -> None:
     disable_progress_bar()
     jobs = json.loads(path.read_text())
     ranks = init_ranks(load_config("demo", jobs[0]["overrides"]))
-    failed = []
     with ranks.failing_together():
         for job in jobs:
             try:
-                run_job(job, ranks)
+                globals()[job["action"]](load_config("demo", job["overrides"]), ranks, job)
             except Exception:
                 (path.parent / f"{job['name']}.error.{ranks.rank}").write_text(traceback.format_exc())
-                failed.append(job["name"])
-                if not job.get("raises"):
-                    raise
-            if ranks.is_main and job["name"] not in failed:
+                raise
+            if ranks.is_main:
                 (path.parent / f"{job['name']}.ok").touch()
 
 

@@ -15,8 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from inverseq import trainer
+from inverseq.checkpoint_sharded import load_named_checkpoint
 from inverseq.config_loading import load_config
+from inverseq.distributed import Ranks
 from inverseq.metrics import read_metrics
+from inverseq.sample_files import read_samples
+from tests.ranks_jobs import cut_back
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +41,11 @@ OVERRIDES = [
     "optim.schedule=linear",
     "optim.warmup_steps=1",
     "logging.tensorboard=false",
+    "checkpoint.keep_last=3",
     "epochs=2",
 ]
 CONTRASTS = {"principle": [], "model": ["contrast.kind=model", "contrast.plain_model={root}/sft"]}
+SAMPLING = ["sampling.backend=transformers", "sampling.replay_path="]
 ONE_SAMPLE = ["sampling.samples_per_epoch=1", "epochs=1"]
 # reference run: (policy, contrast, overrides)
 REFERENCES = {
@@ -48,6 +54,8 @@ REFERENCES = {
     "model contrast": ("tied", "model", []),
     "one sample": ("tied", "principle", ONE_SAMPLE),
     "unclipped": ("tied", "principle", ["optim.max_grad_norm=0"]),
+    "three epochs": ("tied", "principle", ["epochs=3"]),
+    "bfloat16": ("untied", "principle", ["model.dtype=bfloat16", "epochs=1"]),
 }
 # run of two ranks: (reference, overrides)
 CASES = {
@@ -72,6 +80,28 @@ CASES = {
     "a rank without samples": ("one sample", ["engine.zero_stage=3"]),
     "no clipping": ("unclipped", ["engine.zero_stage=2"]),
     "the default placement": ("tied", []),
+    "bfloat16 under ZeRO-3": ("bfloat16", ["engine.zero_stage=3"]),
+    "bfloat16 under ZeRO-2": ("bfloat16", ["engine.zero_stage=2"]),
+    "bfloat16 under ZeRO-1": ("bfloat16", ["engine.zero_stage=1"]),
+    "three epochs": ("three epochs", ["engine.zero_stage=3"]),
+}
+STAGES = (3, 2, 1)
+# Runs of two ranks that go on from a copy of another run: (run, epochs kept, reference, overrides, action)
+RESUMED = {
+    "ZeRO-3 resumed": ("ZeRO-3 untied", 1, "untied", ["engine.zero_stage=3"], "resume"),
+    "ZeRO-3 resumed as ZeRO-1": ("ZeRO-3 tied", 1, "tied", ["engine.zero_stage=1"], "resume"),
+    "ZeRO-2 resumed offloaded": (
+        "ZeRO-2 untied", 1, "untied", ["engine.zero_stage=3", "engine.offload_optimizer=cpu"], "resume"
+    ),
+    "one process resumed by two": ("one process tied", 1, "tied", ["engine.zero_stage=3"], "resume"),
+    "two, then one": (
+        "three epochs", 1, "three epochs", ["engine.kind=deepspeed", "engine.zero_stage=3"], "one_process"
+    ),
+    "two, then one, then two": ("two, then one", 2, "three epochs", ["engine.zero_stage=2"], "resume"),
+}  # fmt: skip
+ENGINE_JOBS = {  # (action, overrides)
+    **{f"not a number under ZeRO-{stage}": ("not_a_number_on_one_rank", stage) for stage in STAGES},
+    "a wrong copy": ("a_wrong_copy_is_noticed", 3),
 }
 
 
@@ -89,9 +119,10 @@ def torchrun(root: Path, jobs: list[dict], name: str) -> subprocess.CompletedPro
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment |= {"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": str(root / "extensions")}  # nothing is compiled
     return subprocess.run(
         [*command, "-m", "tests.ranks_worker", str(path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -106,8 +137,7 @@ def root(tmp_path_factory) -> Path:
     prompts = [f"{question} {count}" for count in ("one", "two more", "on each day") for question in words.split("|")]
     rows = [{"id": f"p{index}", "prompt": prompt} for index, prompt in enumerate(prompts)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sampling = ["sampling.backend=transformers", "sampling.replay_path="]
-    trainer.train(load_config("demo", overrides_of(root, "sampled", "tied", sampling)))
+    trainer.train(load_config("demo", overrides_of(root, "sampled", "tied", [*SAMPLING, "epochs=3"])))
     for name in REFERENCES:
         trainer.train(load_config("demo", overrides_of(root, f"one process {name}", name)))
     return root
@@ -116,13 +146,22 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(root) -> Path:
     """The folder of the runs of two ranks."""
+    runs = root / "runs"
     jobs = [
-        {"name": name, "overrides": overrides_of(root, name, reference, words), "resume": False}
+        {"name": name, "action": "train", "overrides": overrides_of(root, name, reference, words)}
         for name, (reference, words) in CASES.items()
     ]
+    sampled = overrides_of(root, "sampled by two", "tied", [*SAMPLING, "engine.zero_stage=3", "epochs=1"])
+    jobs.append({"name": "sampled by two", "action": "train", "overrides": sampled})
+    for name, (origin, num_epochs, reference, words, action) in RESUMED.items():
+        job = {"name": name, "action": action, "copy": str(runs / origin), "num_epochs": num_epochs}
+        jobs.append(job | {"overrides": overrides_of(root, name, reference, words)})
+    for name, (action, stage) in ENGINE_JOBS.items():
+        overrides = overrides_of(root, name, "untied", [f"engine.zero_stage={stage}"])
+        jobs.append({"name": name, "action": action, "overrides": overrides, "samples_of": str(runs / "sampled")})
     done = torchrun(root, jobs, "jobs")
     (root / "output").write_text(done.stdout + done.stderr)
-    return root / "runs"
+    return runs
 
 
 def assert_trained(root: Path, name: str) -> None:
@@ -144,7 +183,91 @@ def assert_same_training(run_dir: Path, reference: Path, *, atol: float = ATOL) 
     assert [row[key] for row in ours] == pytest.approx([row[key] for row in expected], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+FP32_CASES = [name for name in CASES if "bfloat16" not in name]
+
+
+@pytest.mark.parametrize("name", FP32_CASES)
 def test_two_ranks_train_what_one_process_trains(root, two_ranks, name):
     assert_trained(root, name)
     assert_same_training(two_ranks / name, two_ranks / f"one process {CASES[name][0]}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_weights_are_trained_through_fp32_masters(root, two_ranks, stage):
+    name = f"bfloat16 under ZeRO-{stage}"
+    assert_trained(root, name)
+    reference = two_ranks / "one process bfloat16"
+    mine, theirs = (load_file(run / "export/model.safetensors") for run in (two_ranks / name, reference))
+    initial = load_file(root / "untied" / "model.safetensors")
+    moved = max((theirs[key].float() - initial[key].bfloat16().float()).abs().max().item() for key in theirs)
+    for key, weight in theirs.items():
+        assert mine[key].dtype == torch.bfloat16
+        assert (mine[key].float() - weight.float()).abs().max() <= moved / 2, key
+    parts = [load_file(part) for part in (two_ranks / name / "checkpoints/epoch_0001").glob("*.safetensors")]
+    masters = {key.removeprefix("master/"): part[key] for part in parts for key in part if key.startswith("master/")}
+    assert masters.keys() == theirs.keys()
+    for key, master in masters.items():
+        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), mine[key]), key
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_another_number_of_ranks_another_stage_or_another_engine(root, two_ranks, name):
+    assert_trained(root, name)
+    assert_same_training(two_ranks / name, two_ranks / f"one process {RESUMED[name][2]}")
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two_ranks(root, two_ranks):
+    assert_trained(root, "ZeRO-3 untied")
+    cut_back(two_ranks / "ZeRO-3 untied", two_ranks / "two, then torch", num_epochs=1)
+    trainer.train(load_config("demo", overrides_of(root, "two, then torch", "untied")), resume=True)
+    assert_same_training(two_ranks / "two, then torch", two_ranks / "one process untied")
+
+
+def test_two_ranks_that_resume_are_the_uninterrupted_two_bit_for_bit(root, two_ranks):
+    assert_trained(root, "ZeRO-3 resumed")
+    resumed, whole = two_ranks / "ZeRO-3 resumed", two_ranks / "ZeRO-3 untied"
+    clocks = ("duration_s", "tokens_per_second", "_bytes")
+    rows = [
+        [{k: v for k, v in row.items() if not k.endswith(clocks)} for row in read_metrics(run)]
+        for run in (resumed, whole)
+    ]
+    assert rows[0] == rows[1]
+    files = [path.relative_to(whole) for path in (whole / "checkpoints/epoch_0002").glob("state_*.safetensors")]
+    assert len(files) == 2, "each rank has written its part"
+    for file in [*files, "samples/epoch_0002.jsonl", "export/model.safetensors"]:
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_two_ranks_sample_their_shares_and_one_process_trains_the_same_on_them(root, two_ranks):
+    assert_trained(root, "sampled by two")
+    samples = read_samples(two_ranks / "sampled by two/samples/epoch_0001.jsonl").samples
+    seeds = [trainer.derive_seed(0, 1, "sampling", rank) for rank in (0, 1)]
+    assert [sample.response.seed for sample in samples] == [seeds[index % 2] for index in range(5)]
+    replay = [f"sampling.replay_path={two_ranks / 'sampled by two'}", "epochs=1"]
+    trainer.train(load_config("demo", overrides_of(root, "replayed by one", "tied", replay)))
+    assert_same_training(two_ranks / "replayed by one", two_ranks / "sampled by two")
+
+
+@pytest.mark.parametrize("name", ENGINE_JOBS)
+def test_all_ranks_stop_before_an_update_or_a_sample_that_would_be_wrong(root, two_ranks, name):
+    assert_trained(root, name)
+
+
+def test_a_damaged_part_of_a_sharded_checkpoint_is_named(root, two_ranks):
+    assert_trained(root, "ZeRO-3 untied")
+    cut_back(two_ranks / "ZeRO-3 untied", two_ranks / "damaged", num_epochs=2)
+    part = two_ranks / "damaged/checkpoints/epoch_0002/state_0001_000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state_0001_000\.safetensors: corrupt .*epoch_0001 is complete"):
+        trainer.train(load_config("demo", overrides_of(root, "damaged", "untied")), resume=True)
+
+
+def test_a_sharded_checkpoint_of_another_model_is_refused(root, two_ranks):
+    assert_trained(root, "ZeRO-3 tied")
+    checkpoint = two_ranks / "ZeRO-3 tied/checkpoints/epoch_0002"
+    with pytest.raises(ValueError, match=r"holds other weights than the model, for example lm_head\.weight"):
+        names = [*load_file(root / "untied/model.safetensors")]
+        load_named_checkpoint(checkpoint, names=names, ranks=Ranks())

@@ -1,0 +1,165 @@
+"""What ranks tell each other, and that all stop when one fails, without a launcher that would end them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inverseq.config import Config, ModelConfig
+from inverseq.distributed import LAUNCHER_VARIABLES, Ranks, init_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = Config(model=ModelConfig(path="unused", device="cpu"), run_dir="unused")
+
+# Two processes meet anew for every scenario; each tells what it raised and how many seconds that took.
+SCRIPT = """
+import json, os, sys, time
+from inverseq import distributed
+from tests.test_distributed import CONFIG
+
+def exchange(ranks):
+    assert ranks.gather(ranks.rank + 1) == [1, 2] and ranks.broadcast(ranks.rank) == 0
+    for items in ([], ["a"], list(range(5))):
+        assert ranks.unshare(ranks.share(items)) == items
+    if ranks.is_main:
+        time.sleep(0.5)  # the other rank reaches the end first and must not miss the store
+
+def one_fails_before_a_collective(ranks):
+    if ranks.rank == 1:
+        raise ValueError("boom")
+    ranks.barrier()
+
+def one_fails_while_the_other_computes(ranks):
+    if ranks.rank == 1:
+        raise ValueError("boom")
+    time.sleep(60)
+
+def both_find_the_same(ranks):
+    time.sleep(ranks.rank)
+    raise ValueError("bad input")
+
+def one_hangs_in_a_collective(ranks):  # the rank that failed does not end, so the connection stays
+    distributed.GRACE_S = 1.0
+    if ranks.rank == 1:
+        ranks.watch.report(ValueError("boom"))
+        time.sleep(60)
+    ranks.barrier()
+
+def run(scenario, port):
+    os.environ["MASTER_PORT"] = port
+    ranks = distributed.init_ranks(CONFIG)
+    started = time.monotonic()
+    try:
+        with ranks.failing_together():
+            globals()[scenario](ranks)
+        said = None
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    print(json.dumps([scenario, said, time.monotonic() - started]), flush=True)
+    if said is not None and ranks.is_main:
+        time.sleep(1)  # rank 0 holds the store
+
+for scenario, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    run(scenario, port)
+"""
+SCENARIOS = (
+    "exchange",
+    "one_fails_before_a_collective",
+    "one_fails_while_the_other_computes",
+    "both_find_the_same",
+    "one_hangs_in_a_collective",
+)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict]:
+    """What each rank told, by scenario; rank 0 also how it ended and what it logged."""
+    words = [word for scenario in SCENARIOS for word in (scenario, free_port())]
+    processes = []
+    for rank in (0, 1):
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SCRIPT, *words]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        out, err = processes[0].communicate(timeout=120)
+    finally:
+        processes[1].kill()
+    outputs = [out, processes[1].communicate()[0]]
+    told = [{row[0]: row[1:] for row in map(json.loads, output.splitlines())} for output in outputs]
+    told[0]["end"] = [processes[0].returncode, err]
+    return told
+
+
+def test_values_reach_all_ranks_in_order(told):
+    assert told[0]["exchange"][0] is told[1]["exchange"][0] is None
+
+
+@pytest.mark.parametrize("scenario", ["one_fails_before_a_collective", "one_fails_while_the_other_computes"])
+def test_a_rank_that_fails_stops_the_others_with_its_number_and_error(told, scenario):
+    assert told[1][scenario][0] == "ValueError: boom"
+    said, duration_s = told[0][scenario]
+    assert said == "RankFailed: stopped because rank 1 failed: ValueError: boom"
+    assert duration_s < 30
+
+
+def test_what_all_ranks_find_is_raised_as_itself_by_one_of_them(told):
+    assert told[0]["both_find_the_same"][0] == "ValueError: bad input"
+    assert told[1]["both_find_the_same"][0].startswith("RankFailed: stopped because rank 0 failed: ")
+
+
+def test_a_rank_that_hangs_in_a_collective_ends_itself_and_says_why(told):
+    assert "one_hangs_in_a_collective" not in told[0]
+    status, err = told[0]["end"]
+    assert status == 1 and "stopped because rank 1 failed: ValueError: boom" in err
+
+
+def test_one_process_needs_no_launcher_and_no_group(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    ranks = init_ranks(CONFIG)
+    assert ranks == Ranks() and ranks.is_main
+    assert ranks.gather("x") == ["x"] and ranks.share([1, 2]) == [1, 2] == ranks.unshare([1, 2])
+    with pytest.raises(ValueError, match="boom"), ranks.failing_together():
+        raise ValueError("boom")
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE=2: expected MASTER_ADDR beside it"),
+        ({name: "2" for name in LAUNCHER_VARIABLES}, "RANK=2: expected 0 … 1, for WORLD_SIZE=2"),
+    ],
+)
+def test_variables_of_a_launcher_that_do_not_belong_together_are_refused(monkeypatch, variables, message):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        init_ranks(CONFIG)
+
+
+def test_an_address_in_use_is_one_error(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in zip(LAUNCHER_VARIABLES, ("0", "2", "0", "127.0.0.1", port), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}: the ranks could not meet"):
+            init_ranks(CONFIG)
