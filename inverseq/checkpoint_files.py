@@ -35,13 +35,14 @@ log = logging.getLogger(__name__)
 CHECKSUM_BLOCK_BYTES = 2**24
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, Tensor]:
     """The model's weights and buffers by name, a tied one under its first name only.
 
-    Of a model that trains some of its weights (adapters) those alone: the others are where it was loaded from.
+    Of a model that trains some of its weights (adapters) those alone, unless ``whole``: the others are where it was
+    loaded from.
     """
     seen, tensors = set(), {}
-    is_partial = not all(parameter.requires_grad for parameter in model.parameters())
+    is_partial = not whole and not all(parameter.requires_grad for parameter in model.parameters())
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen and (tensor.requires_grad or not is_partial):
             seen.add(id(tensor))

@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .atomic import atomic_file
+from .checkpoint import checkpoint_epoch, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint_files import named_tensors, read_tensors
 from .checkpoint_sharded import is_sharded, load_named_checkpoint, save_sharded_checkpoint
 from .config import Config
 from .distributed import Ranks
@@ -35,7 +39,7 @@ from .sampling_ahead import SamplesAhead
 from .sampling_transformers import stop_token_ids
 from .steps import step_sizes
 
-__all__ = ["State", "build_state", "restore", "save"]
+__all__ = ["State", "build_state", "last_refresh", "refresh_frozen", "restore", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +104,8 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     kind = engine_kind(config, placement, ranks)
     if config.sampling.overlap and placement.frozen == "sharded":
         raise ValueError("sampling.overlap=True: expected False with frozen models that are sharded over ranks")
+    if config.contrast.refresh_every and placement.frozen == "sharded":
+        raise ValueError("contrast.refresh_every: expected 0 with frozen models that are sharded over ranks")
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
@@ -193,6 +199,51 @@ def build_frozen(resolved: Resolved, initial: PreTrainedModel, placement: Placem
     return frozen
 
 
+def refreshed_path(run_dir: Path, epoch: int) -> Path:
+    """The weights that took the place of μ behind an epoch."""
+    return run_dir / "frozen" / f"epoch_{epoch:04d}.safetensors"
+
+
+def last_refresh(config: Config, epoch: int) -> int:
+    """The epoch whose policy stands for μ once ``epoch`` is finished; 0 is the initial model."""
+    every = config.contrast.refresh_every
+    return epoch // every * every if every else 0
+
+
+def refresh_frozen(state: State) -> None:
+    """Put the policy's current weights in the place of μ, and write them for a resumed run."""
+    tensors = named_tensors(state.engine.full_model())
+    with torch.no_grad():
+        for name, frozen in named_tensors(state.frozen.better, whole=True).items():
+            frozen.copy_(tensors[name])
+    state.engine.release_full_model()
+    if state.ranks.is_main:
+        path = refreshed_path(state.run_dir, state.epoch)
+        path.parent.mkdir(exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(safetensors_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    logger.info("the policy of epoch %d took the place of the frozen model", state.epoch)
+
+
+def restore_refreshed(state: State) -> None:
+    """Put the weights that stood for μ back."""
+    epoch = last_refresh(state.config, state.epoch)
+    path = refreshed_path(state.run_dir, epoch)
+    if not epoch:
+        return
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; without it the run cannot go on behind epoch {state.epoch}")
+    read_tensors(path, named_tensors(state.frozen.better, whole=True))
+
+
+def remove_refreshed(state: State) -> None:
+    """Remove what no kept checkpoint needs any more."""
+    kept = {last_refresh(state.config, checkpoint_epoch(path)) for path in list_checkpoints(state.run_dir)}
+    for path in (state.run_dir / "frozen").glob("epoch_*.safetensors"):
+        if path not in {refreshed_path(state.run_dir, epoch) for epoch in kept}:
+            path.unlink()
+
+
 def save(state: State) -> None:
     """Write the checkpoint of the epoch just finished."""
     started = time.perf_counter()
@@ -214,6 +265,8 @@ def save(state: State) -> None:
             ranks=state.ranks,
             **common,
         )
+    if state.config.contrast.refresh_every and state.ranks.is_main:
+        remove_refreshed(state)
     logger.info("checkpoint %s in %.1f s", path, time.perf_counter() - started)
 
 
@@ -233,4 +286,5 @@ def restore(state: State, checkpoint: Path) -> None:
         state.log.truncate_after(state.epoch)
     if state.resolved.prompts.held_out:
         state.held_out = read_samples(held_out_path(state.run_dir), state.resolved.prompts.held_out)
+    restore_refreshed(state)
     logger.info("resumed %s behind epoch %d", state.run_dir, state.epoch)

@@ -25,7 +25,7 @@ from .packing import pack_views
 from .records import RenderedPrompt, Sample, ScoredSamples
 from .resolve import resolve
 from .run_directory import has_begun, write_run_config
-from .run_state import State, build_state, restore, save
+from .run_state import State, build_state, last_refresh, refresh_frozen, restore, save
 from .sample_files import eval_path, held_out_path, samples_path, write_evaluation, write_samples
 from .sampling import sample_responses
 from .sampling_replay import ReplaySampler
@@ -67,6 +67,7 @@ def train_ranks(config: Config, ranks: Ranks, *, resume: bool) -> Path:
     try:
         if checkpoint is not None:
             restore(state, checkpoint)
+            score_held_out_again(state)
         else:
             measure_before_training(state)
         evaluate_if_due(state)
@@ -115,6 +116,7 @@ def run_epoch(state: State, config: Config) -> None:
     state.epoch = epoch
     if state.log is not None:
         state.log.epoch(row)
+    refresh_contrast_if_due(state)
     save(state)
     evaluate_if_due(state)
 
@@ -207,6 +209,19 @@ def measure_held_out(state: State) -> dict[str, float]:
     if not all(map(math.isfinite, row.values())):
         raise NonFiniteError(f"epoch {state.running_epoch}: held-out metrics {row}; the last checkpoint is kept")
     return row
+
+
+def refresh_contrast_if_due(state: State) -> None:
+    """Every ``contrast.refresh_every`` epochs the policy takes the place of μ, for the held-out targets too."""
+    if state.epoch and last_refresh(state.config, state.epoch) == state.epoch:
+        refresh_frozen(state)
+        score_held_out_again(state)
+
+
+def score_held_out_again(state: State) -> None:
+    """The held-out responses stay those of the initial model; their targets are those of what stands for μ now."""
+    if state.held_out is not None and last_refresh(state.config, state.epoch):
+        state.held_out = score(state, state.held_out.samples)
 
 
 def evaluate_if_due(state: State) -> None:
