@@ -69,6 +69,7 @@ class Freshness:
         self.max_gap = max_gap
         self.previous: tuple[int, bytes, Tensor] | None = None  # step, token ids and log π_θ of the sync before
         self.row: dict[str, float] = {}  # metrics of the last sync
+        self.answer: ProbeAnswer | None = None  # the engine's, which passed
 
     def sync(self, sampler: Any, model: PreTrainedModel, weights_step: int, ranks: Ranks | None = None) -> None:
         """Give the engine the model's weights and check that it answers with them; ``row`` tells how well.
@@ -110,7 +111,26 @@ class Freshness:
                 raise StaleWeightsError(message)
             logger.warning("static weights, off-policy samples: %s", message)
         logger.info("%s at step %d: %s", sampler.name, weights_step, metrics)
+        self.answer = answer
         return metrics
+
+    def check_unchanged(self, sampler: Any) -> None:
+        """Compare the engine with its own answer of the last sync, for when the trainer's weights have moved on.
+
+        Raises StaleWeightsError when it continues the probe otherwise, or with log-probs beyond the limit.
+        """
+        before, now = self.answer, sampler.probe(self.probe, NUM_PROBE_TOKENS)
+        assert before is not None, "nothing was synced"
+        same = now.text == before.text and (now.token_ids is None) == (before.token_ids is None)
+        if same and now.token_ids is not None:
+            same = np.array_equal(now.token_ids, before.token_ids)
+        if same and now.logprobs is not None and before.logprobs is not None:
+            same = bool(np.abs(now.logprobs - before.logprobs).mean() <= self.max_gap)
+        if not same and self.max_gap and not getattr(sampler, "is_static", False):
+            raise StaleWeightsError(
+                f"{sampler.name} no longer answers the probe prompt {self.probe.prompt.id!r} as it did after the last "
+                f"sync, with the weights of step {sampler.weights_step}"
+            )
 
     def compare(
         self, model: PreTrainedModel, answer: ProbeAnswer, weights_step: int

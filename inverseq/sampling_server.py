@@ -14,6 +14,7 @@ Responses depend on the server's own randomness: equal seeds give equal response
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class ServerSampler:
         self.weights_step = 0
         self.synced_step: int | None = None
         self.recheck: Callable[[], Any] | None = None
+        self.closing = threading.Event()
         self.version = f"{config.server.dialect} {server_version(config.server)}"
 
     @property
@@ -118,7 +120,7 @@ class ServerSampler:
             with Batch(
                 self.make_client(), self.protocol, [(i, sent[i]) for i in waiting], self.request_of(seed)
             ) as batch:
-                for index, outcome in batch.outcomes():
+                for index, outcome in batch.outcomes(self.closing):
                     if isinstance(outcome, ServerLost):
                         lost = outcome
                         continue
@@ -192,7 +194,8 @@ class ServerSampler:
                     f"{self.config.url}: still away after sampling.server.wait_s={self.config.wait_s:g} seconds, "
                     f"{state}: {trouble}"
                 )
-            time.sleep(POLL_S)
+            if self.closing.wait(POLL_S):
+                raise ServerError(f"{self.config.url}: closed while the server was away, {state}")
         if self.recheck is None or self.is_static:
             return
         with one_at_a_time(self.weights_dir):
@@ -204,4 +207,5 @@ class ServerSampler:
                 self.recheck()
 
     def close(self) -> None:
-        """Nothing is held between two calls; the server is somebody else's."""
+        """End a call of ``generate`` that runs in another thread. The server is somebody else's."""
+        self.closing.set()

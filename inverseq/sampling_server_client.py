@@ -29,6 +29,7 @@ RequestOf = Callable[[int, list[int] | str, int], dict[str, Any]]  # index, prom
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a request is sent again, doubled each time
 QUICK_TIMEOUT_S = 10.0
+CLOSING_POLL_S = 0.5
 GATEWAY_LOST = (502, 504)  # a gateway says that the server behind it is gone
 PASSING = (408, 409, 425, 429)  # and everything from 500 on
 VERSION_PATHS = {"vllm": "/version", "sglang": "/get_server_info"}
@@ -147,10 +148,20 @@ class Batch:
         if self.num_redrawn:
             logger.warning("%s: %d answers were asked for again", self.client.config.url, self.num_redrawn)
 
-    def outcomes(self) -> Iterator[tuple[int, Any]]:
-        """(index, Answer or the exception that ended the prompt), one for each prompt, as they come."""
+    def outcomes(self, closing: threading.Event) -> Iterator[tuple[int, Any]]:
+        """(index, Answer or the exception that ended the prompt), one for each prompt, as they come.
+
+        Raises RuntimeError when ``closing`` is set before the last of them is there.
+        """
         for _ in self.prompts:
-            yield self.results.get()
+            while True:
+                try:
+                    outcome = self.results.get(timeout=CLOSING_POLL_S)
+                    break
+                except queue.Empty:
+                    if closing.is_set():
+                        raise RuntimeError(f"{self.client.config.url}: closed while answers were due") from None
+            yield outcome
 
     def run(self) -> None:
         asyncio.set_event_loop(self.loop)

@@ -63,17 +63,19 @@ def refresh(config: ServerConfig, model_dir: Path, step: int) -> None:
     ``wait_s``.
     """
     if config.refresh_command:
-        run_command(fill_template(config.refresh_command, model_dir, step), config.wait_s)
+        words = [fill_template(word, model_dir, step) for word in shlex.split(config.refresh_command)]
+        run_command(words, config.wait_s)
     else:
-        url, body = (fill_template(text, model_dir, step) for text in (config.refresh_url, config.refresh_body))
-        post(url, body, config.wait_s)
+        escaped = Path(json.dumps(str(model_dir))[1:-1])  # inside a JSON string
+        body = fill_template(config.refresh_body, escaped, step)
+        post(fill_template(config.refresh_url, model_dir, step), body, config.wait_s)
     logger.info("%s was told to load step %d from %s", config.url, step, model_dir)
 
 
-def run_command(command: str, wait_s: float) -> None:
-    what = f"sampling.server.refresh_command={command!r}"
+def run_command(words: list[str], wait_s: float) -> None:
+    what = f"sampling.server.refresh_command={shlex.join(words)!r}"
     try:
-        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=wait_s)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=wait_s)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{what}: still running after sampling.server.wait_s={wait_s:g} seconds") from None
     except OSError as error:

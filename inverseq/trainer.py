@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from .run_directory import has_begun, write_run_config
 from .run_state import State, build_state, last_refresh, refresh_frozen, restore, save
 from .sample_files import eval_path, held_out_path, samples_path, write_evaluation, write_samples
 from .sampling import sample_responses
+from .sampling_ahead import SamplesAhead
 from .sampling_replay import ReplaySampler
 from .steps import plan_steps
 from .summary import epoch_row, held_out_row, response_metrics, step_row
@@ -77,6 +79,8 @@ def train_ranks(config: Config, ranks: Ranks, *, resume: bool) -> Path:
         state.progress.summary(state.run_dir)
     finally:
         state.sampler.close()
+        if state.ahead is not None:
+            state.ahead.wait(timeout_s=5.0)
         if state.log is not None:
             state.log.close()
     return state.run_dir
@@ -90,10 +94,15 @@ def run_epoch(state: State, config: Config) -> None:
     torch.manual_seed(derive_seed(config.seed, epoch, "torch", ranks.rank))
 
     prompts = state.resolved.prompts.next(config.sampling.samples_per_epoch, copies=config.sampling.samples_per_prompt)
-    if config.sampling.overlap:
+    if state.ahead is not None:
+        scored = score(state, collect_ahead(state))
+    elif config.sampling.overlap:
         scored = sample_and_score_epoch(state, prompts, epoch)
     else:
         scored = score(state, sample_epoch(state, prompts, epoch, "sampling"))
+    lag_steps = state.engine.num_updates - min(sample.response.weights_step for sample in scored.samples)
+    if config.sampling.ahead and epoch < config.epochs:
+        start_ahead(state, epoch + 1)
     if ranks.is_main:
         write_samples(samples_path(state.run_dir, epoch), scored, state.resolved.tokenizer)
 
@@ -112,6 +121,7 @@ def run_epoch(state: State, config: Config) -> None:
     row |= measure_held_out(state)
     row["sample_tokens_per_second"] = row["num_actions"] / state.durations_s["sample_duration_s"]
     row |= state.freshness.row | state.memory.row() | state.durations_s
+    row["weights_lag_steps"] = lag_steps
     row["epoch_duration_s"] = time.perf_counter() - started
     state.epoch = epoch
     if state.log is not None:
@@ -129,6 +139,8 @@ def sample_epoch(state: State, prompts: Sequence[RenderedPrompt], epoch: int, pu
     seed = sampling_seed(state.config, epoch, purpose, ranks)
     share = ranks.share(prompts)
     with state.phase("sample", len(share)) as advance:
+        if state.ahead is not None:
+            state.ahead.wait()  # it answers with the weights that this sync replaces
         state.freshness.sync(sampler, state.engine.full_model(), state.engine.num_updates, state.ranks)
         samples = sample_responses(sampler, share, seed=seed, advance=advance)
         state.engine.release_full_model()
@@ -157,6 +169,26 @@ def sample_and_score_epoch(state: State, prompts: Sequence[RenderedPrompt], epoc
         )
         state.engine.release_full_model()
     return scored
+
+
+def start_ahead(state: State, epoch: int) -> None:
+    """Let the sampler answer the prompts of the next epoch with the weights of now, while this epoch trains."""
+    stream, sampling = state.resolved.prompts, state.config.sampling
+    before = stream.state_dict()
+    prompts = stream.next(sampling.samples_per_epoch, copies=sampling.samples_per_prompt)
+    stream.load_state_dict(before)  # a checkpoint of this epoch does not know of them
+    state.freshness.sync(state.sampler, state.engine.full_model(), state.engine.num_updates, state.ranks)
+    state.engine.release_full_model()
+    state.sampler.recheck = partial(state.freshness.check_unchanged, state.sampler)  # the trainer's weights move on
+    seed = sampling_seed(state.config, epoch, "sampling", state.ranks)
+    state.ahead = SamplesAhead(state.sampler, state.ranks.share(prompts), seed=seed)
+
+
+def collect_ahead(state: State) -> list[Sample]:
+    """What was sampled while the epoch before trained; waits for what is still missing."""
+    ahead, state.ahead = state.ahead, None
+    with state.phase("sample", len(ahead.samples)):
+        return state.ranks.unshare(ahead.collect())
 
 
 def score(state: State, samples: Sequence[Sample]) -> ScoredSamples:

@@ -70,6 +70,7 @@ class FaultProxy:
         self.plan: dict[int, Fault | str] = {}
         self.requests: list[dict] = []
         self.num_refreshes = 0
+        self.refresh_bodies: list[dict | None] = []
         self.rewrite: Callable[[dict], None] | None = None  # changes a completion request's body
         self.adapt: Callable[[dict], None] | None = None  # changes a completion
         self.on_refresh: Callable[[], None] | None = None
@@ -113,6 +114,7 @@ class FaultProxy:
         elif handler.path == "/reset":
             with self.lock:
                 self.num_refreshes += 1
+                self.refresh_bodies.append(json.loads(body) if body else None)
             if self.on_refresh is not None:
                 self.on_refresh()
         if isinstance(fault, Fault) and fault.drop:

@@ -128,6 +128,31 @@ def test_one_value_may_refer_to_another(monkeypatch):
     assert "run_dir" in error_of("demo", "run_dir=${")
 
 
+SERVER = {"sampling.backend": "server", "sampling.server.url": "http://h/v1", "sampling.server.model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expectation"),
+    [
+        ("model", "", "the model's name on the server"),
+        ("url", "host:8000", "http://"),
+        ("static", "false", "exactly one of sampling.server.refresh_command, refresh_url and static=true"),
+        ("refresh_url", "http://h/load", "exactly one of"),
+        ("refresh_body", "[1]", "a JSON object"),
+        ("refresh_body", "{step", "a JSON object"),
+        ("refresh_command", "load 'x", "No closing quotation"),
+    ],
+)
+def test_a_server_is_described_whole(key, value, expectation):
+    settings = SERVER | {"sampling.server.static": "true"}
+    if key == "refresh_command":
+        settings["sampling.server.static"] = "false"
+    load_config("demo", [f"{name}={text}" for name, text in (SERVER | {"sampling.server.static": "true"}).items()])
+    settings[f"sampling.server.{key}"] = value
+    message = error_of("demo", *(f"{name}={text}" for name, text in settings.items()))
+    assert expectation in message and f"sampling.server.{'refresh_command' if key == 'static' else ''}" in message
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -143,6 +168,8 @@ def test_one_value_may_refer_to_another(monkeypatch):
         ("sampling.server=1", ("sampling.server is a section", "for example sampling.server.url")),
         ("sampling.server.ulr=x", ("unknown key sampling.server.ulr", "did you mean sampling.server.url?")),
         ("sampling.server.retries=-1", ("sampling.server.retries=-1", "expected 0 or more")),
+        ("sampling.server.wait_s=0", ("sampling.server.wait_s=0.0", "expected a positive number of seconds")),
+        ("sampling.max_logprob_gap=-1", ("sampling.max_logprob_gap=-1.0", "expected 0 or more nats")),
         ("sampling.backend=server", ("sampling.server.url=''", "expected http://")),
         ("epochs=many", ("epochs='many'", "expected an integer")),
         ("epochs=1.5", ("epochs='1.5'", "expected an integer")),

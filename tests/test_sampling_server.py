@@ -245,10 +245,11 @@ def test_a_command_may_refresh_the_server(tmp_path, proxy):
     code = f"import sys, urllib.request as u; u.urlopen(u.Request('{proxy.root}/reset', method='POST')); "
     code += f"open('{note}', 'w').write(' '.join(sys.argv[1:]))"
     command = f'{sys.executable} -c "{code}" {{model_dir}} {{step}}'
-    trainer = Trainer(tmp_path, proxy.root, refresh_url="", refresh_command=command)
+    folder = tmp_path / "with a space"
+    trainer = Trainer(tmp_path, proxy.root, refresh_url="", refresh_command=command, weights_dir=str(folder))
     assert trainer.sync(9)["probe_greedy_gap"] < 1e-6
-    assert note.read_text() == f"{tmp_path / 'weights'} 9"
-    settings = json.loads((tmp_path / "weights" / "generation_config.json").read_text())
+    assert note.read_text() == f"{folder} 9"
+    settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["do_sample"] and settings.get("temperature", 1.0) == 1.0 and "repetition_penalty" not in settings
 
 
@@ -285,6 +286,13 @@ def test_a_model_that_is_not_served_is_one_clear_error(proxy):
     proxy.plan = {0: Fault(status=404)}
     with pytest.raises(ValueError, match="sampling.server.model='nobody'.*status 404"):
         check_server(ServerConfig(url=f"{proxy.root}/v1", model="nobody", prompts="text"))
+
+
+def test_a_refresh_by_url_sends_what_the_template_says(tmp_path, proxy):
+    body = '{"model_path": "{model_dir}", "version": {step}}'
+    trainer = Trainer(tmp_path, proxy.root, refresh_body=body, weights_dir=str(tmp_path / 'a "b"'))
+    trainer.sync(2)
+    assert proxy.refresh_bodies == [{"model_path": str(tmp_path / 'a "b"'), "version": 2}]
 
 
 def test_only_the_main_process_refreshes_the_server(tmp_path, proxy):

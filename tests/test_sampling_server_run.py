@@ -1,17 +1,20 @@
 """Whole runs that are sampled by a server: what they record, and how they stop and go on when it fails."""
 
 import json
+import threading
+import time
 
 import pytest
 
 from inverseq import sampling_server_client
 from inverseq.config_loading import load_config
+from inverseq.engine import TorchEngine
 from inverseq.freshness import StaleWeightsError
 from inverseq.sample_files import read_samples
 from inverseq.sampling_server import ServerError
 from inverseq.trainer import train
 from tests.fault_proxy import Fault, FaultProxy
-from tests.serving import shared_server
+from tests.serving import free_port, shared_server
 from tests.tiny_words import EOS, make_word_model, write_word_prompts
 
 
@@ -114,3 +117,60 @@ def test_a_server_with_old_weights_stops_the_run(inputs, tmp_path, proxy):
     with pytest.raises(StaleWeightsError, match="does not answer with the weights of step 2"):
         train(load_config("demo", options))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0001"]
+
+
+def test_the_next_epoch_may_be_sampled_while_this_one_trains(inputs, tmp_path, proxy, monkeypatch):
+    """Epoch 2 is drawn from the weights that epoch 1 was drawn from, and its requests arrive while epoch 1 trains."""
+    arrived = []
+    train_step = TorchEngine.train_step
+
+    def slow_step(self, step):
+        before = len(proxy.requests)
+        time.sleep(0.4)
+        arrived.append(len(proxy.requests) - before)
+        return train_step(self, step)
+
+    monkeypatch.setattr(TorchEngine, "train_step", slow_step)
+    more = ("sampling.ahead=true", "epochs=3", "evaluation.every=1", "sampling.server.concurrency=1")
+    run_dir = train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, *more)))
+    steps = []
+    for epoch in (1, 2, 3):
+        samples = read_samples(run_dir / "samples" / f"epoch_{epoch:04d}.jsonl").samples
+        assert len({sample.rendered.prompt.id for sample in samples}) == 8
+        steps += {sample.response.weights_step for sample in samples}
+    assert steps == [0, 0, 2]
+    assert [row["weights_lag_steps"] for row in rows(run_dir, "epoch")] == [0, 0, 2, 2]
+    assert arrived[0] > 0 and arrived[2] > 0 and arrived[4] == 0  # nothing is drawn behind the last epoch
+    other = train(load_config("demo", overrides(inputs, tmp_path / "other", proxy)))
+    for epoch in (1, 2):
+        ours, theirs = (
+            [s.rendered.prompt.id for s in read_samples(path / "samples" / f"epoch_{epoch:04d}.jsonl").samples]
+            for path in (run_dir, other)
+        )
+        assert ours == theirs
+
+
+def test_a_server_that_fails_ahead_stops_the_run_behind_the_checkpoint(inputs, tmp_path, proxy):
+    proxy.plan = {number: Fault(status=500) for number in range(2 + 4 + 8 + 1 + 3, 500)}
+    with pytest.raises(ServerError, match=r"\d of 8 prompts are unanswered"):
+        train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, "sampling.ahead=true")))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch_0001"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inverseq")]
+    with pytest.raises(ValueError, match="sampling.ahead=True: expected false unless sampling.backend=server"):
+        load_config("demo", [f"model.path={inputs}", "run_dir=x", "sampling.ahead=true"])
+
+
+def test_weights_that_change_while_the_trainer_moves_on_are_found(inputs, tmp_path, proxy):
+    """Ahead of the trainer the server is compared with its own answer: a restart with other weights is not passed."""
+    proxy.plan = {2 + 4 + 8 + 1 + 2: Fault(drop=True)}
+    other = str(make_word_model(tmp_path / "other", seed=7))
+    proxy.rewrite = lambda request: request.update(model=other) if len(proxy.requests) > 2 + 4 + 8 + 1 + 2 else None
+    with pytest.raises(StaleWeightsError, match="no longer answers the probe prompt"):
+        train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, "sampling.ahead=true")))
+
+
+def test_a_server_that_is_not_there_is_named_before_anything_is_written(inputs, tmp_path, proxy):
+    more = (f"sampling.server.url=http://127.0.0.1:{free_port()}/v1",)
+    with pytest.raises(ValueError, match="sampling.server.url=.*cannot be reached"):
+        train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, *more)))
+    assert not (tmp_path / "run").exists()
