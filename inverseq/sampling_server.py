@@ -35,6 +35,7 @@ __all__ = ["ServerError", "ServerSampler"]
 
 logger = logging.getLogger(__name__)
 
+NEVER_VERIFIED = ("openai", "vllm", "sglang")  # dialects that no real server of that kind has been asked in
 POLL_S = 0.5
 PROBE_SEED = 1
 
@@ -75,6 +76,8 @@ class ServerSampler:
         self.recheck: Callable[[], Any] | None = None
         self.closing = threading.Event()
         self.version = f"{config.server.dialect} {server_version(config.server)}"
+        if config.server.dialect in NEVER_VERIFIED:
+            logger.warning("sampling.server.dialect=%s has never been verified with a real server", config.server.dialect)
 
     @property
     def is_static(self) -> bool:
