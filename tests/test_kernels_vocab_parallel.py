@@ -1,6 +1,8 @@
-"""A head split over two ranks gives the values and gradients of the whole one (two gloo processes)."""
+"""A head split over two ranks gives the whole one's values and gradients (two gloo processes), on both backends."""
 
+import importlib
 import math
+import os
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from inverseq_kernels import IGNORE_INDEX, contrastive_logprob, linear_logprob
 from tests import kernels_oracle as oracle
 
 NUM_WORDS, SPLIT, NUM_VALID = 23, 9, 20
+HAS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 SHARDS = [slice(0, SPLIT), slice(SPLIT, NUM_WORDS)]
 
 
@@ -31,6 +34,11 @@ def run_rank(rank: int, store: str, failures) -> None:
         check_logprob(rank)
         check_contrast(rank)
         check_shard_of_padding(rank)
+        if HAS_INTERPRETER:
+            importlib.import_module("tests.conftest")  # for bf16 products, in this process too
+            for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+                check_triton_logprob(rank, dtype, tolerance)
+                check_triton_contrast(rank, dtype)
         check_sum_in_fp32(rank)
         check_bad_arguments(rank)
         dist.barrier()
@@ -133,6 +141,66 @@ def check_shard_of_padding(rank: int) -> None:
     )
 
 
+def in_dtype(problem, dtype):
+    """Fresh hidden, weight and bias of a problem, rounded; the bias stays away from -inf words' gradients."""
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in (problem.hidden, problem.weight, problem.bias)]
+
+
+def check_triton_logprob(rank: int, dtype: torch.dtype, tolerance: float) -> None:
+    """All words of a rank may be padding; ignored rows, a word that the bias removes and several chunks are in it."""
+    whole, _ = make_problems()
+    whole.hidden.data[3] = math.nan  # ignored
+    for num_valid, softcap in ((NUM_VALID, 8.0), (NUM_VALID, None), (SPLIT, None)):
+        token_ids = whole.token_ids.clamp(max=num_valid - 1)
+        words, tensors = SHARDS[rank], in_dtype(whole, dtype)
+        shard = [tensors[0].detach().clone(), tensors[1].detach()[words].clone(), tensors[2].detach()[words].clone()]
+        for tensor in shard:
+            tensor.requires_grad_()
+        truth = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        settings = {"softcap": softcap, "temperature": 1.3, "num_valid_vocab": num_valid, "return_entropy": True}
+        parallel = {"vocab_group": dist.group.WORLD, "vocab_start": words.start, "backend": "triton"}
+        outputs = linear_logprob(*shard[:2], token_ids, bias=shard[2], workspace_bytes=1, **settings, **parallel)
+        expected = linear_logprob(*truth[:2], token_ids, bias=truth[2], **settings)
+        upstream = torch.randn(2, 12, generator=torch.Generator().manual_seed(5))
+        finite = expected[0].detach().isfinite()
+        for output, reference in zip(outputs, expected, strict=True):
+            assert output.dtype == torch.float32
+            torch.testing.assert_close(output.double(), reference, rtol=1e-5, atol=1e-5)
+        for tensors_, (logprobs, entropy) in ((shard, outputs), (truth, expected)):
+            gradient = (logprobs[finite] * upstream[0, finite]).sum() + (entropy * upstream[1]).sum()
+            gradient.backward()
+            assert all(tensor.grad is not None for tensor in tensors_)
+        for actual, reference in zip(shard, (truth[0].grad, truth[1].grad[words], truth[2].grad[words]), strict=True):
+            assert actual.grad.dtype == dtype
+            error = (actual.grad.double() - reference).norm() / truth[1].grad.norm()
+            assert error < tolerance, (dtype, num_valid, softcap, actual.shape, error)
+
+
+def check_triton_contrast(rank: int, dtype: torch.dtype) -> None:
+    better, plain = make_problems()
+    words = SHARDS[rank]
+    tensors = [tensor.detach() for problem in (better, plain) for tensor in in_dtype(problem, dtype)]
+    for alpha, softcap, num_valid in (
+        (1.4, None, NUM_VALID),
+        (torch.linspace(-1, 2, 12), 6.0, NUM_VALID),
+        (0.5, None, SPLIT),
+    ):
+        token_ids = better.token_ids.clamp(max=num_valid - 1)
+        results = []
+        for cut, convert, parallel in (
+            (words, lambda t: t, {"vocab_group": dist.group.WORLD, "vocab_start": words.start, "backend": "triton"}),
+            (slice(None), lambda t: t.double(), {}),
+        ):
+            h_w, w_w, b_w, h_l, w_l, b_l = (
+                convert(tensor if index % 3 == 0 else tensor[cut]) for index, tensor in enumerate(tensors)
+            )
+            settings = {"bias_w": b_w, "bias_l": b_l, "softcap": softcap, "num_valid_vocab": num_valid, **parallel}
+            results.append(contrastive_logprob(h_w, w_w, h_l, w_l, token_ids, alpha, return_reference=True, **settings))
+        for actual, expected in zip(*results, strict=True):
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=2e-5)
+
+
 def check_sum_in_fp32(rank: int) -> None:
     """No gradient in half precision is added over ranks; two ranks round alike, so the call itself is watched."""
     hidden, weight = (torch.randn(3, 4).bfloat16().requires_grad_() for _ in range(2))
@@ -162,8 +230,6 @@ def check_bad_arguments(rank: int) -> None:
         linear_logprob(hidden, weight, torch.tensor([0, 1]), vocab_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="num_valid_vocab"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), num_valid_vocab=0, **keywords)
-    with pytest.raises(ValueError, match="backend='triton'"):
-        linear_logprob(hidden, weight, torch.tensor([0, 1]), backend="triton", **keywords)
     ignored = linear_logprob(hidden, weight, torch.tensor([IGNORE_INDEX, 7]), **keywords)
     torch.testing.assert_close(ignored, torch.tensor([0.0, -math.log(8)]))
 
@@ -171,9 +237,7 @@ def check_bad_arguments(rank: int) -> None:
 def test_two_ranks_give_the_whole_heads_values_and_gradients(tmp_path):
     context = mp.get_context("spawn")
     failures = context.SimpleQueue()
-    processes = [
-        context.Process(target=run_rank, args=(rank, str(tmp_path / "store"), failures)) for rank in range(2)
-    ]
+    processes = [context.Process(target=run_rank, args=(rank, str(tmp_path / "store"), failures)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

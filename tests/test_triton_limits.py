@@ -132,7 +132,7 @@ def test_the_gradient_of_an_fp32_weight_beside_half_precision_is_not_rounded_to_
     weight, bias = weight.to(dtype).float() + 1e-6, torch.zeros(NUM_WORDS)
     losses = {
         "loss": lambda h, w, b, backend: squared_log_ratio_loss(
-            h, w, token_ids, -torch.ones(50), denominator=50, bias=b, workspace_bytes=workspace_bytes, backend=backend
+            h, w, token_ids, -torch.ones(50), denominator=64, bias=b, workspace_bytes=workspace_bytes, backend=backend
         )[0],
         "logprob": lambda h, w, b, backend: linear_logprob(
             h, w, token_ids, bias=b, workspace_bytes=workspace_bytes, backend=backend

@@ -240,7 +240,7 @@ def _contrast(
     """Check every argument and call the custom operation without a graph."""
     _check_heads(hidden_w, weight_w, bias_w, hidden_l, weight_l, bias_l)
     checks.check_rows("token_ids", token_ids, hidden_w, (torch.int64,))
-    vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
+    vocab_parallel.check_vocab_group(vocab_group, vocab_start)
     if vocab_group is not None:
         num_valid_vocab = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, weight_w.shape[0])
     softcap, temperature, valid = checks.check_settings(
@@ -257,6 +257,7 @@ def _contrast(
             alphas,
             vocab_start=vocab_start,
             settings=vocab_parallel.settings(softcap, temperature, valid, workspace_bytes),
+            backend=backends.choose_backend(backend, backends.CONTRASTIVE, hidden_w),
             group=vocab_group,
         )
     if checks.should_check_values(token_ids):

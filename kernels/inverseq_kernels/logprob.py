@@ -176,7 +176,7 @@ def linear_logprob(
     """
     checks.check_head("", hidden, weight, bias)
     checks.check_rows("token_ids", token_ids, hidden, (torch.int64,))
-    vocab_parallel.check_vocab_group(vocab_group, vocab_start, backend)
+    vocab_parallel.check_vocab_group(vocab_group, vocab_start)
     num_words, fewest = weight.shape[0], 1
     if vocab_group is not None:
         num_valid_vocab, fewest = vocab_parallel.local_valid_vocab(num_valid_vocab, vocab_start, num_words), 0
@@ -195,6 +195,7 @@ def linear_logprob(
             vocab_start=vocab_start,
             want_entropy=bool(return_entropy),
             settings=vocab_parallel.settings(softcap, temperature, valid, workspace_bytes),
+            backend=backends.choose_backend(backend, backends.LOGPROB, hidden),
             group=vocab_group,
         )
         return (logprobs, entropy) if return_entropy else logprobs

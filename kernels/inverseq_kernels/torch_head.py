@@ -127,7 +127,7 @@ def disabled_autocast(tensor: Tensor) -> torch.autocast:
 
 
 class OnlineLogSumExp:
-    """Running maximum and sum of exponentials of [A] rows over vocabulary blocks."""
+    """Running maximum and sum of exponentials of [A] rows, or of [K, A], over vocabulary blocks."""
 
     def __init__(self, like: Tensor, num_rows: int, want_entropy: bool = False):
         self.maximum = like.new_full((num_rows,), EMPTY_MAX)  # [A]
@@ -176,6 +176,22 @@ class OnlineLogSumExp:
     def entropy(self) -> Tensor:
         """[A] entropy of the softmax in nats."""
         return self.sum.log() - self.moment / self.sum
+
+
+def end_logsumexp(
+    state: OnlineLogSumExp, labels: Tensor, token_ids: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, log-sum-exp and entropy (empty when not wanted), 0 in ignored rows; with ``group`` of all its words.
+
+    ``labels`` is 0 where another rank holds the word.
+    """
+    if group is not None:
+        state.reduce_(group)
+        dist.all_reduce(labels, group=group)
+    ignored = token_ids == IGNORE_INDEX
+    logprobs = state.logprobs(labels).masked_fill_(ignored, 0.0)
+    entropy = labels.new_empty(0) if state.moment is None else state.entropy().masked_fill_(ignored, 0.0)
+    return logprobs, state.value(), entropy
 
 
 def gather_labels_(labels: Tensor, logits: Tensor, token_ids: Tensor, start: int, stop: int) -> None:

@@ -14,6 +14,7 @@ from inverseq_kernels.torch_head import (
     HeadSettings,
     OnlineLogSumExp,
     blocks,
+    end_logsumexp,
     gather_labels_,
     load_rows,
 )
@@ -89,13 +90,7 @@ def logprob_forward(
             head.remove_words(logits, start, stop)
             gather_labels_(labels[rows], logits, token_ids[rows], start, stop)
             state.add_(logits, rows, scratch[: logits.numel()].view(shape) if want_entropy else None)
-    if group is not None:
-        state.reduce_(group)
-        dist.all_reduce(labels, group=group)
-    ignored = token_ids == IGNORE_INDEX
-    logprobs = state.logprobs(labels).masked_fill_(ignored, 0.0)
-    entropy = state.entropy().masked_fill_(ignored, 0.0) if want_entropy else like
-    return logprobs, state.value(), entropy
+    return end_logsumexp(state, labels, token_ids, group)
 
 
 def logprob_backward(

@@ -19,10 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from inverseq_kernels.checks import IGNORE_INDEX
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Maximum of a tile without words: finite, so that no difference of maxima is NaN.
 EMPTY_MAX = tl.constexpr(-1.0e30)
+IGNORED = tl.constexpr(IGNORE_INDEX)
 
 
 @triton.jit
@@ -140,7 +143,7 @@ def combine_kernel(
     labels,  # [S, A] fp32, unwritten in ignored rows
     token_ids,  # [A] int64
     logprobs,  # [S, stride_logprobs] fp32 out
-    lse,  # [A] fp32 out, written with WRITE_LSE (S = 1)
+    lse,  # [A] fp32 out, written with WRITE_LSE (S = 1); the sums [S, stride_logprobs] with PARTIAL
     entropy,  # [A] fp32 out, written with HAS_MOMENT (S = 1)
     num_rows,
     num_tiles,
@@ -150,8 +153,13 @@ def combine_kernel(
     TILES: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     HAS_MOMENT: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
-    """End the log-sum-exp over vocabulary tiles: log-probs of the labels, 0 in ignored rows."""
+    """End the log-sum-exp over vocabulary tiles: log-probs of the labels, 0 in ignored rows.
+
+    With PARTIAL other ranks hold more words: the maximum goes to ``logprobs``, the sum to ``lse``, the moment to
+    ``entropy``, and the labels are not read.
+    """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     one_set = tl.program_id(1).to(tl.int64)
     row_mask = rows < num_rows
@@ -173,15 +181,22 @@ def combine_kernel(
             moment = (moment + total * (running - new)) * rescale + tl.sum(shifted * scale, axis=0)
         total = total * rescale + tl.sum(part * scale, axis=0)
         running = new
-    log_total = tl.log2(total) * LN_2
-    ignored = tl.load(token_ids + rows, mask=row_mask, other=0) == ignore_index
-    label = tl.load(labels + one_set * num_rows + rows, mask=row_mask & (ignored == 0), other=0.0)
-    logprob = tl.where(ignored, 0.0, (label - running) - log_total)
-    tl.store(logprobs + one_set * stride_logprobs + rows, logprob, mask=row_mask)
-    if WRITE_LSE:
-        tl.store(lse + rows, running + log_total, mask=row_mask)
-    if HAS_MOMENT:
-        tl.store(entropy + rows, tl.where(ignored, 0.0, log_total - moment / total), mask=row_mask)
+    at = one_set * stride_logprobs + rows
+    if PARTIAL:
+        tl.store(logprobs + at, running, mask=row_mask)
+        tl.store(lse + at, total, mask=row_mask)
+        if HAS_MOMENT:
+            tl.store(entropy + rows, moment, mask=row_mask)
+    else:
+        log_total = tl.log2(total) * LN_2
+        ignored = tl.load(token_ids + rows, mask=row_mask, other=0) == ignore_index
+        label = tl.load(labels + one_set * num_rows + rows, mask=row_mask & (ignored == 0), other=0.0)
+        logprob = tl.where(ignored, 0.0, (label - running) - log_total)
+        tl.store(logprobs + at, logprob, mask=row_mask)
+        if WRITE_LSE:
+            tl.store(lse + rows, running + log_total, mask=row_mask)
+        if HAS_MOMENT:
+            tl.store(entropy + rows, tl.where(ignored, 0.0, log_total - moment / total), mask=row_mask)
 
 
 def combine(
@@ -193,10 +208,11 @@ def combine(
     logprobs: Tensor,  # [S, A], rows may be a slice of a longer one
     *,
     ignore_index: int,
-    lse: Tensor | None = None,  # [A]
+    lse: Tensor | None = None,  # [A]; strided like logprobs with partial
     entropy: Tensor | None = None,  # [A]
+    partial: bool = False,
 ) -> None:
-    """Launch ``combine_kernel``; writes logprobs and, where given, lse and entropy."""
+    """Launch ``combine_kernel``: log-probs and, where given, log-sum-exp and entropy, or their partial statistics."""
     num_sets, num_tiles, num_rows = maxima.shape
     combine_kernel[(triton.cdiv(num_rows, 64), num_sets)](
         maxima,
@@ -215,6 +231,7 @@ def combine(
         TILES=32,
         WRITE_LSE=lse is not None,
         HAS_MOMENT=entropy is not None,
+        PARTIAL=partial,
         num_warps=4,
     )
 

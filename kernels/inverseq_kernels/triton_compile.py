@@ -69,11 +69,11 @@ def compile_offline(case: CompileCase, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def combine_case(num_sets_name: str, *, write_lse: bool, has_moment: bool) -> CompileCase:
+def combine_case(operation: str, *, write_lse: bool, has_moment: bool, partial: bool = False) -> CompileCase:
     """The combine kernel as one operation launches it."""
     pointers = {name: "*fp32" for name in ("maxima", "totals", "labels", "logprobs")}
     pointers["token_ids"] = "*i64"
-    constexprs = {"ROWS": 64, "TILES": 32, "WRITE_LSE": write_lse, "HAS_MOMENT": has_moment}
+    constexprs = {"ROWS": 64, "TILES": 32, "WRITE_LSE": write_lse, "HAS_MOMENT": has_moment, "PARTIAL": partial}
     for name, wanted in (("moments", has_moment), ("lse", write_lse), ("entropy", has_moment)):
         if wanted:
             pointers[name] = "*fp32"
@@ -81,7 +81,7 @@ def combine_case(num_sets_name: str, *, write_lse: bool, has_moment: bool) -> Co
             constexprs[name] = None
     return compile_case(
         combine_kernel,
-        f"combine {num_sets_name}",
+        f"combine {operation}{' entropy' if has_moment else ''}{' partial' if partial else ''}",
         pointers=pointers,
         floats=(),
         constexprs=constexprs,

@@ -13,13 +13,16 @@ Left out: argument checks and the custom operation (contrastive.py); the referen
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
+from inverseq_kernels.torch_head import OnlineLogSumExp, end_logsumexp
 from inverseq_kernels.triton_blocks import (
     CONTRAST,
     CONTRAST_PAIR,
@@ -207,15 +210,13 @@ def contrastive_forward(
     num_valid_vocab: int,
     workspace_bytes: int,
     blocks: Blocks | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Targets [K, A] and log pi_l(y) [A], fp32; ignored rows are 0. ``blocks`` replaces the chooser's choice."""
+    """Targets [K, A] and log pi_l(y) [A], fp32; ignored rows are 0. ``blocks`` replaces the chooser's choice.
+
+    With ``group`` the weights are this rank's part of the vocabulary and the results are the whole one's.
+    """
     num_alphas, num_rows = alphas.shape[0], hidden_w.shape[0]
-    num_sets = num_alphas + 1
-    # Two storages: outputs of a custom operation must not share one.
-    targets = hidden_w.new_empty((num_alphas, num_rows), dtype=torch.float32)
-    reference = hidden_w.new_empty((num_rows,), dtype=torch.float32)
-    if num_rows == 0:
-        return targets, reference
     use_pair = num_alphas > 1 or softcap is not None
     is_shared = weight_w.data_ptr() == weight_l.data_ptr() and weight_w.dtype == weight_l.dtype
     weight_w, bias_w = in_dtype_of(hidden_w, weight_w[:num_valid_vocab], bias_w)
@@ -226,31 +227,80 @@ def contrastive_forward(
         aligned = is_aligned(hidden_w, weight_w, hidden_l, weight_l)
         dtype = hidden_w.dtype if hidden_w.dtype == hidden_l.dtype else torch.float32
         blocks = choose_blocks(CONTRAST_PAIR if use_pair else CONTRAST, capability_of(hidden_w), dtype, aligned)
-    num_tiles = triton.cdiv(num_valid_vocab, blocks.words)
-    chunk = rows_within(workspace_bytes, num_sets * (8 * num_tiles + 4), num_rows, blocks.rows)
-    statistics = hidden_w.new_empty((2, num_sets * num_tiles * chunk), dtype=torch.float32)
-    labels = hidden_w.new_empty(num_sets * chunk, dtype=torch.float32)
-    with on_device(hidden_w):
-        for first in range(0, num_rows, chunk):
-            last = min(first + chunk, num_rows)
-            shape = (num_sets, num_tiles, last - first)
-            maxima, totals = statistics[:, : num_sets * num_tiles * (last - first)].view(2, *shape)
-            chunk_labels = labels[: num_sets * (last - first)].view(num_sets, last - first)
-            _launch(
-                blocks,
-                use_pair,
-                (hidden_w[first:last], weight_w, bias_w),
-                (hidden_l[first:last], weight_l, bias_l),
-                token_ids[first:last],
-                alphas if alphas.shape[1] == 1 else alphas[:, first:last],
-                (maxima, totals, chunk_labels),
-                softcap,
-                1.0 / temperature,
-            )
-            for sets, out in ((slice(num_alphas), targets), (slice(num_alphas, None), reference[None])):
-                parts = (maxima[sets], totals[sets], None, chunk_labels[sets])
-                combine(*parts, token_ids[first:last], out[:, first:last], ignore_index=IGNORE_INDEX)
-    return targets, reference
+    heads = ((hidden_w, weight_w, bias_w), (hidden_l, weight_l, bias_l))
+    run = _Sets(blocks, use_pair, softcap, temperature, workspace_bytes)
+    if group is None:
+        # Two storages: outputs of a custom operation must not share one.
+        targets = hidden_w.new_empty((num_alphas, num_rows), dtype=torch.float32)
+        reference = hidden_w.new_empty((num_rows,), dtype=torch.float32)
+        outputs = ((slice(num_alphas), targets, None), (slice(num_alphas, None), reference[None], None))
+        run.write(heads, token_ids, alphas, None, outputs)
+        return targets, reference
+    state = OnlineLogSumExp(hidden_w.new_empty(0, dtype=torch.float32), num_rows)
+    # One state for all alphas and the plain head, so that they travel over the group together.
+    state.maximum, state.sum = (each.repeat(num_alphas + 1, 1) for each in (state.maximum, state.sum))
+    labels = torch.zeros_like(state.sum)
+    run.write(heads, token_ids, alphas, labels, ((slice(None), state.maximum, state.sum),))
+    logprobs, _, _ = end_logsumexp(state, labels, token_ids, group)
+    return logprobs[:num_alphas], logprobs[num_alphas]
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """How one call makes the statistics of its sets: every alpha's mixture, then the plain head."""
+
+    blocks: Blocks
+    use_pair: bool
+    softcap: float | None
+    temperature: float
+    workspace_bytes: int
+
+    def write(
+        self,
+        heads: tuple[tuple[Tensor, Tensor, Tensor | None], ...],  # hidden [A, D], weight and bias of the valid words
+        token_ids: Tensor,  # [A]
+        alphas: Tensor,  # [K, A] or [K, 1]
+        all_labels: Tensor | None,  # [K + 1, A] out, given where the statistics are combined with other ranks'
+        outputs: tuple[tuple[slice, Tensor, Tensor | None], ...],  # sets, their log-probs or maxima, their sums
+    ) -> None:
+        """Run the GEMM over row chunks whose statistics fit the workspace, and end or combine their log-sum-exps."""
+        (num_rows, _), num_valid, num_sets = heads[0][0].shape, heads[0][1].shape[0], alphas.shape[0] + 1
+        if num_rows == 0 or num_valid == 0:
+            return
+        num_tiles = triton.cdiv(num_valid, self.blocks.words)
+        chunk = rows_within(self.workspace_bytes, num_sets * (8 * num_tiles + 4), num_rows, self.blocks.rows)
+        hidden = heads[0][0]
+        statistics = hidden.new_empty((2, num_sets * num_tiles * chunk), dtype=torch.float32)
+        label_buffer = hidden.new_empty(num_sets * chunk, dtype=torch.float32)
+        with on_device(hidden):
+            for first in range(0, num_rows, chunk):
+                rows = slice(first, min(first + chunk, num_rows))
+                size = rows.stop - first
+                maxima, totals = statistics[:, : num_sets * num_tiles * size].view(2, num_sets, num_tiles, size)
+                labels = label_buffer[: num_sets * size].view(num_sets, size)
+                if all_labels is not None:
+                    labels.zero_()  # where another rank holds the word
+                _launch(
+                    self.blocks,
+                    self.use_pair,
+                    *((hidden[rows], weight, bias) for hidden, weight, bias in heads),
+                    token_ids[rows],
+                    alphas if alphas.shape[1] == 1 else alphas[:, rows],
+                    (maxima, totals, labels),
+                    self.softcap,
+                    1.0 / self.temperature,
+                )
+                for sets, out, sums in outputs:
+                    combine(
+                        *(maxima[sets], totals[sets], None, labels[sets]),
+                        token_ids[rows],
+                        out[:, rows],
+                        ignore_index=IGNORE_INDEX,
+                        lse=None if sums is None else sums[:, rows],
+                        partial=sums is not None,
+                    )
+                if all_labels is not None:
+                    all_labels[:, rows] = labels
 
 
 def _launch(
@@ -306,7 +356,9 @@ def _launch(
 
 def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     """Every configuration that a launch on this capability can choose, with few and with all features."""
-    cases = [combine_case("contrastive", write_lse=False, has_moment=False)]
+    cases = [
+        combine_case("contrastive", write_lse=partial, has_moment=False, partial=partial) for partial in (False, True)
+    ]
     for dtype in dtypes:
         for op in (CONTRAST, CONTRAST_PAIR):
             for aligned in (True, False):

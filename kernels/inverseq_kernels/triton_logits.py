@@ -20,6 +20,7 @@ from inverseq_kernels.triton_blocks import (
 )
 from inverseq_kernels.triton_common import (
     EMPTY_MAX,
+    IGNORED,
     LOG2_E,
     add_dots,
     cap,
@@ -132,7 +133,7 @@ def gradient_kernel(
     sums = cap(sums, softcap, HAS_SOFTCAP)
     row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
     row_grad = tl.load(grad_logprobs + rows, mask=row_mask, other=0.0) * inverse_temperature
-    column = tl.load(token_ids + rows, mask=row_mask, other=-1).to(tl.int32)
+    column = tl.load(token_ids + rows, mask=row_mask, other=IGNORED).to(tl.int32)
     words = tl.arange(0, WORDS)
     logprobs = sums * inverse_temperature - row_lse[:, None]
     factor = tl.zeros([ROWS, WORDS], dtype=tl.float32) - row_grad[:, None]
@@ -146,7 +147,8 @@ def gradient_kernel(
     if HAS_SOFTCAP:
         capped = sums / softcap
         result *= 1.0 - capped * capped
-    result = tl.where((column >= 0)[:, None], result, 0.0)
+    # A word that another rank holds has a negative id too, and a gradient.
+    result = tl.where((column != IGNORED)[:, None], result, 0.0)
     at = rows.to(tl.int64)[:, None] * pitch + (word_start + words)[None, :]
     # The pitch is a multiple of 64 and num_valid is not: 16-byte stores need a mask that is alike in 8 words.
     inside = row_mask[:, None] & (word_start + words < pitch)[None, :]
@@ -155,7 +157,11 @@ def gradient_kernel(
 
 def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     """Every configuration that a launch on this capability can choose, with few and with all features."""
-    cases = [combine_case("logprob", write_lse=True, has_moment=entropy) for entropy in (False, True)]
+    cases = [
+        combine_case("logprob", write_lse=True, has_moment=entropy, partial=partial)
+        for entropy in (False, True)
+        for partial in (False, True)
+    ]
     for dtype in dtypes:
         for aligned in (True, False):
             for op in (STATISTICS, GRADIENT):

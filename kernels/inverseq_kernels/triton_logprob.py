@@ -16,10 +16,12 @@ Left out: argument checks, the custom operations and autograd (logprob.py); kern
 """
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
+from inverseq_kernels.torch_head import OnlineLogSumExp, end_logsumexp
 from inverseq_kernels.triton_blocks import (
     GRADIENT,
     GRADIENT_RICH,
@@ -48,7 +50,7 @@ HALF_TOP_EXPONENT = -4
 
 def logprob_forward(
     hidden: Tensor,  # [A, D]
-    weight: Tensor,  # [V, D] in hidden's dtype
+    weight: Tensor,  # [V, D], read in hidden's dtype
     bias: Tensor | None,  # [V]
     token_ids: Tensor,  # [A] int64
     *,
@@ -58,53 +60,79 @@ def logprob_forward(
     want_entropy: bool,
     workspace_bytes: int,
     blocks: Blocks | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [A], log-sum-exp [A], entropy [A] (or [0]), fp32. ``blocks`` replaces the chooser's choice."""
+    """Log-probs [A], log-sum-exp [A], entropy [A] (or [0]), fp32. ``blocks`` replaces the chooser's choice.
+
+    With ``group`` the weight is this rank's part of the vocabulary and the results are the whole one's.
+    """
     num_rows = hidden.shape[0]
-    logprobs, lse = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
-    entropy = hidden.new_empty(num_rows if want_entropy else 0, dtype=torch.float32)
-    if num_rows == 0:
-        return logprobs, lse, entropy
+    if group is None:
+        logprobs, lse = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+        entropy = hidden.new_empty(num_rows if want_entropy else 0, dtype=torch.float32)
+        outputs, labels = (logprobs, lse, entropy if want_entropy else None), None
+    else:
+        state = OnlineLogSumExp(hidden.new_empty(0, dtype=torch.float32), num_rows, want_entropy)
+        outputs, labels = (state.maximum, state.sum, state.moment), state.maximum.new_zeros(num_rows)
     weight, bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
         op = STATISTICS_RICH if want_entropy or softcap is not None else STATISTICS
         blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, weight))
-    num_tiles = triton.cdiv(num_valid_vocab, blocks.words)
-    parts = 3 if want_entropy else 2
+    if num_rows > 0 and num_valid_vocab > 0:
+        with on_device(hidden):
+            head = (hidden, weight, bias)
+            _write_statistics(head, token_ids, labels, outputs, softcap, temperature, workspace_bytes, blocks)
+    return (logprobs, lse, entropy) if group is None else end_logsumexp(state, labels, token_ids, group)
+
+
+def _write_statistics(
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden [A, D], weight and bias of the valid words
+    token_ids: Tensor,  # [A]
+    all_labels: Tensor | None,  # [A] out, given where the statistics are combined with other ranks'
+    outputs: tuple[Tensor, Tensor, Tensor | None],  # log-probs, log-sum-exp, entropy; or maxima, sums, moments
+    softcap: float | None,
+    temperature: float,
+    workspace_bytes: int,
+    blocks: Blocks,
+) -> None:
+    """Run the GEMM over row chunks whose statistics fit the workspace, and end or combine their log-sum-exps."""
+    hidden, weight, bias = head
+    num_rows, num_tiles = hidden.shape[0], triton.cdiv(weight.shape[0], blocks.words)
+    parts = 2 if outputs[2] is None else 3
     chunk = rows_within(workspace_bytes, 4 * parts * num_tiles + 4, num_rows, blocks.rows)
     statistics = hidden.new_empty(parts * num_tiles * chunk, dtype=torch.float32)
-    labels = hidden.new_empty(chunk, dtype=torch.float32)
-    with on_device(hidden):
-        for first in range(0, num_rows, chunk):
-            rows = slice(first, min(first + chunk, num_rows))
-            size = rows.stop - first
-            maxima, totals, *moments = statistics[: parts * num_tiles * size].view(parts, 1, num_tiles, size)
-            moments = moments[0] if want_entropy else None
-            grid, arguments, constants = _tiles(hidden[rows], weight, bias, blocks, softcap)
-            statistics_kernel[grid](
-                *arguments,
-                token_ids[rows],
-                maxima,
-                totals,
-                moments,
-                labels,
-                size,
-                *weight.shape,
-                1.0 if softcap is None else softcap,
-                1.0 / temperature,
-                HAS_MOMENT=want_entropy,
-                **constants,
-            )
-            partials = (maxima, totals, moments, labels[None, :size])
-            combine(
-                *partials,
-                token_ids[rows],
-                logprobs[None, rows],
-                ignore_index=IGNORE_INDEX,
-                lse=lse[rows],
-                entropy=entropy[rows] if want_entropy else None,
-            )
-    return logprobs, lse, entropy
+    chunk_labels = hidden.new_empty(chunk, dtype=torch.float32) if all_labels is None else None
+    for first in range(0, num_rows, chunk):
+        rows = slice(first, min(first + chunk, num_rows))
+        size = rows.stop - first
+        maxima, totals, *moments = statistics[: parts * num_tiles * size].view(parts, 1, num_tiles, size)
+        moments = moments[0] if moments else None
+        labels = chunk_labels[:size] if all_labels is None else all_labels[rows]
+        grid, arguments, constants = _tiles(hidden[rows], weight, bias, blocks, softcap)
+        statistics_kernel[grid](
+            *arguments,
+            token_ids[rows],
+            maxima,
+            totals,
+            moments,
+            labels,
+            size,
+            *weight.shape,
+            1.0 if softcap is None else softcap,
+            1.0 / temperature,
+            HAS_MOMENT=moments is not None,
+            **constants,
+        )
+        logprobs, lse, entropy = (None if output is None else output[rows] for output in outputs)
+        combine(
+            *(maxima, totals, moments, labels[None]),
+            token_ids[rows],
+            logprobs[None],
+            ignore_index=IGNORE_INDEX,
+            lse=lse,
+            entropy=entropy,
+            partial=all_labels is not None,
+        )
 
 
 def _tiles(
@@ -135,7 +163,7 @@ def logprob_backward(
     grad_logprobs: Tensor,  # [A]
     grad_entropy: Tensor | None,  # [A]
     hidden: Tensor,  # [A, D]
-    weight: Tensor,  # [V, D] in hidden's dtype
+    weight: Tensor,  # [V, D], read in hidden's dtype
     bias: Tensor | None,  # [V]
     token_ids: Tensor,  # [A] int64
     lse: Tensor,  # [A]

@@ -1,6 +1,6 @@
 """Vocabulary-parallel heads: every rank of a group holds some consecutive words of one head.
 
-Each rank runs the torch backend on its own words; the partial (maximum, sum, label logit) of every row are
+Each rank runs a backend on its own words; the partial (maximum, sum, label logit) of every row are
 combined over the group, three small collectives of [A] vectors, so all ranks return the same log-probs.
 The gradient of hidden, which all ranks hold alike, is summed over the group; weight and bias gradients stay
 local. Every rank must call with the same rows and the same upstream gradient.
@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inverseq_kernels import checks, torch_contrastive, torch_logprob
+from inverseq_kernels import backends, checks
 from inverseq_kernels.checks import IGNORE_INDEX
-from inverseq_kernels.torch_head import NOT_IN_SHARD
+from inverseq_kernels.torch_head import NOT_IN_SHARD, disabled_autocast
 
 
-def check_vocab_group(vocab_group: object, vocab_start: int, backend: str | None) -> None:
+def check_vocab_group(vocab_group: object, vocab_start: int) -> None:
     """Refuse what cannot name a shard; without a group the shard must be the whole vocabulary."""
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
         raise ValueError(f"vocab_start must be an int >= 0, got {vocab_start!r}")
@@ -25,8 +25,6 @@ def check_vocab_group(vocab_group: object, vocab_start: int, backend: str | None
         return
     if not isinstance(vocab_group, dist.ProcessGroup):
         raise ValueError(f"vocab_group must be a process group, got {type(vocab_group).__name__}")
-    if backend == "triton":
-        raise ValueError("backend='triton' cannot serve vocab_group: the torch backend does")
 
 
 def local_valid_vocab(num_valid_vocab: int | None, vocab_start: int, num_local: int) -> int:
@@ -63,7 +61,7 @@ def local_token_ids(token_ids: Tensor, vocab_start: int, num_valid: int, group: 
 def settings(
     softcap: float | None, temperature: float, num_valid_vocab: int, workspace_bytes: int
 ) -> dict[str, float | int | None]:
-    """The checked numbers as the torch backend's keywords."""
+    """The checked numbers as a backend's keywords."""
     return {
         "softcap": softcap,
         "temperature": temperature,
@@ -74,12 +72,17 @@ def settings(
 
 class _ParallelLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, want_entropy, settings, group):
-        logprobs, lse, entropy = torch_logprob.logprob_forward(
-            hidden.contiguous(), weight, bias, token_ids, want_entropy=want_entropy, group=group, **settings
-        )
+    def forward(ctx, hidden, weight, bias, token_ids, want_entropy, settings, backend, group):
+        with disabled_autocast(hidden):
+            logprobs, lse, entropy = backends.backend_module(backend, backends.LOGPROB).logprob_forward(
+                *backends.contiguous_head(hidden, weight, bias),
+                token_ids,
+                want_entropy=want_entropy,
+                group=group,
+                **settings,
+            )
         ctx.save_for_backward(hidden, weight, bias, token_ids, lse, entropy)
-        ctx.settings, ctx.group, ctx.want_entropy = settings, group, want_entropy
+        ctx.settings, ctx.backend, ctx.group, ctx.want_entropy = settings, backend, group, want_entropy
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -87,29 +90,31 @@ class _ParallelLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, bias, token_ids, lse, entropy = ctx.saved_tensors
         if grad_logprobs is None and (grad_entropy is None or not ctx.want_entropy):
-            return (None,) * 7
-        needs = ctx.needs_input_grad[:3]
-        with torch.no_grad():
+            return (None,) * 8
+        needs, grad_entropy = ctx.needs_input_grad[:3], grad_entropy if ctx.want_entropy else None
+        with torch.no_grad(), disabled_autocast(hidden):
             if ctx.settings["num_valid_vocab"] == 0:
                 gradients = _zero_gradients((hidden, weight, bias), needs)
             else:
-                gradients = torch_logprob.logprob_backward(
-                    torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs,
-                    grad_entropy if ctx.want_entropy else None,
-                    hidden.contiguous(),
-                    weight,
-                    bias,
+                gradients = backends.backend_module(ctx.backend, backends.LOGPROB).logprob_backward(
+                    (torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs).contiguous(),
+                    None if grad_entropy is None else grad_entropy.contiguous(),
+                    *backends.contiguous_head(hidden, weight, bias),
                     token_ids,
                     lse,
                     entropy,
                     needs=needs,
                     **ctx.settings,
                 )
-            if gradients[0] is not None:
-                total = gradients[0].to(lse.dtype)  # ranks add up in fp32, then one rounding
+            total, *rest = gradients
+            if total is not None:
+                total = total.to(lse.dtype)  # ranks add up in fp32, then one rounding
                 dist.all_reduce(total, group=ctx.group)
-                gradients = (total.to(hidden.dtype), *gradients[1:])
-        return (*checks.forbid_double_backward(gradients), None, None, None, None)
+            gradients = tuple(
+                None if gradient is None else gradient.to(like.dtype)
+                for gradient, like in zip((total, *rest), (hidden, weight, bias), strict=True)
+            )
+        return (*checks.forbid_double_backward(gradients), None, None, None, None, None)
 
 
 def _zero_gradients(inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -126,11 +131,12 @@ def parallel_logprob(
     vocab_start: int,
     want_entropy: bool,
     settings: dict,
+    backend: str,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [A] and entropy [A] ([0] when not wanted) of the whole vocabulary, alike on every rank."""
     local_ids = local_token_ids(token_ids, vocab_start, settings["num_valid_vocab"], group)
-    return _ParallelLogprob.apply(*head, local_ids, want_entropy, settings, group)
+    return _ParallelLogprob.apply(*head, local_ids, want_entropy, settings, backend, group)
 
 
 @torch.no_grad()
@@ -141,8 +147,13 @@ def parallel_contrast(
     *,
     vocab_start: int,
     settings: dict,
+    backend: str,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
     """Contrastive targets [K, A] and log pi_l(y) [A] of the whole vocabulary, alike on every rank."""
     local_ids = local_token_ids(token_ids, vocab_start, settings["num_valid_vocab"], group)
-    return torch_contrastive.contrastive_forward(*heads, local_ids, alphas, group=group, **settings)
+    better, plain = backends.contiguous_head(*heads[:3]), backends.contiguous_head(*heads[3:])
+    with disabled_autocast(heads[0]):
+        return backends.backend_module(backend, backends.CONTRASTIVE).contrastive_forward(
+            *better, *plain, local_ids, alphas.contiguous(), group=group, **settings
+        )
