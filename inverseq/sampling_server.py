@@ -77,7 +77,7 @@ class ServerSampler:
         self.closing = threading.Event()
         self.version = f"{config.server.dialect} {server_version(config.server)}"
         if config.server.dialect in NEVER_VERIFIED:
-            logger.warning("sampling.server.dialect=%s has never been verified with a real server", config.server.dialect)
+            logger.warning("sampling.server.dialect=%s: never verified with a real server", config.server.dialect)
 
     @property
     def is_static(self) -> bool:
