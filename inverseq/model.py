@@ -7,6 +7,7 @@ carries everything an operation of ``inverseq_kernels`` needs to turn them into 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    _check_layer_types(path, model)
     absent = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
     if absent:
         raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
@@ -89,6 +91,14 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     if config.fused_layers:
         fuse_layers(model)
     return model.to(device).eval()
+
+
+def _check_layer_types(path: str | Path, model: PreTrainedModel) -> None:
+    """Raise ValueError for layers whose tokens see anything but a causal range: packs would be read wrongly."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(f"{path}: layers of kind {', '.join(unknown)}; expected full or sliding attention alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +145,16 @@ def _layout(model: PreTrainedModel, pack: PackedViews) -> AttentionLayout:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) -> None:
-    """Compare ``head_of`` with the model's own logits on a small pack.
+    """Compare ``head_of`` with the model's own logits on a small pack of one sequence, and the sequence with itself
+    behind another one.
 
-    Raises ValueError when they differ: an architecture that scales or shifts its logits in a way ``Head`` does not
-    know would otherwise train on wrong log-probabilities without a word.
+    Raises ValueError when either differs: an architecture that shapes its logits in a way ``Head`` does not know, or
+    whose layers mix what stands in one pack, would otherwise train on wrong log-probabilities without a word.
     """
     head = head_of(model, num_valid_vocab)
+    pack = pack.to(head.weight.device)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    _check_samples_stay_apart(model, pack, tolerance)
     logits_AV = action_hidden(model, pack)[-1].float() @ head.weight.float().T
     if head.bias is not None:
         logits_AV += head.bias.float()
@@ -156,11 +170,30 @@ def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) 
     own_AV = own_TV.index_select(0, pack.action_index[-1]).float()
     scale = own_AV.abs().max().clamp(min=1.0)
     error = ((logits_AV - own_AV).abs().max() / scale).item()
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
     if not error < tolerance:
         raise ValueError(
             f"{type(model).__name__}: hidden states times the output embedding differ from the model's own logits by "
             f"{error:.1e} of their size; this architecture's head is not supported"
+        )
+
+
+def _check_samples_stay_apart(model: PreTrainedModel, pack: PackedViews, tolerance: float) -> None:
+    alone_AD = action_hidden(model, pack)[-1].float()
+    length = pack.num_tokens
+    behind = dataclasses.replace(
+        pack,
+        input_ids=torch.cat([pack.input_ids.flip(0), pack.input_ids]),
+        position_ids=pack.position_ids.repeat(2),
+        cu_seqlens=torch.cat([pack.cu_seqlens, pack.cu_seqlens[-1:] * 2]),
+        parent_seq=pack.parent_seq.repeat(2),
+        action_index=pack.action_index + length,
+        seqlens=(length, length),
+    )
+    error = (action_hidden(model, behind)[-1].float() - alone_AD).abs().max() / alone_AD.abs().max().clamp(min=1.0)
+    if not error.item() < tolerance:
+        raise ValueError(
+            f"{type(model).__name__}: hidden states of a sequence change by {error.item():.1e} of their size when "
+            "another one stands before it in the pack; this architecture cannot be packed"
         )
 
 

@@ -1,6 +1,7 @@
 """Packed attention equals separate sequences, for every architecture family, and samples cannot see each other."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from tests.attention_oracle import (
     with_gradients,
 )
 from tests.tiny import make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -185,3 +188,32 @@ def test_a_head_that_scales_its_logits_in_an_unknown_way_is_refused():
     model.lm_head.register_forward_hook(lambda module, args, logits: 3.0 * logits)
     with pytest.raises(ValueError, match="head is not supported"):
         check_head(model, make_pack(random_sequences([5])), 97)
+
+
+def test_a_model_whose_layers_mix_samples_is_refused():
+    model = tiny("llama")
+    model.set_attn_implementation(ATTENTION_NAME)
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_hook(lambda module, args, hidden: hidden + 0.01 * hidden.cumsum(1))  # a running state
+    with pytest.raises(ValueError, match="LlamaForCausalLM: .*cannot be packed"):
+        check_head(model, make_pack(random_sequences([5])), 97)
+
+
+def test_a_model_that_ignores_the_layout_is_refused():
+    model = tiny("llama")
+    model.set_attn_implementation("sdpa")
+    forward = model.get_decoder().forward
+    model.get_decoder().forward = lambda layout, **inputs: forward(
+        **inputs, attention_mask=torch.ones(1, inputs["input_ids"].shape[1])
+    )
+    with pytest.raises(ValueError, match="cannot be packed"):
+        check_head(model, make_pack(random_sequences([5])), 97)
+
+
+def test_layers_of_another_kind_than_attention_are_refused(tmp_path):
+    path = make_tiny_model(tmp_path / "tiny")
+    config = json.loads((path / "config.json").read_text())
+    config["layer_types"] = ["chunked_attention", "full_attention"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="layers of kind chunked_attention; expected full or sliding attention"):
+        load_model(path, ModelConfig(path="x", device="cpu"))
