@@ -34,7 +34,7 @@ from epoch_time_inputs import (
     make_samples,
 )
 from epoch_time_phases import ALL_PHASES, BASELINE, DEFAULT_PHASES, OURS, Measurements, measure_epoch
-from epoch_time_variants import LADDER, TRAINERS, Bench, Rung, train_without_update
+from epoch_time_variants import TRAINERS, Bench, Rung, ladder, train_without_update
 from transformers import AutoConfig, PretrainedConfig
 
 from inverseq.atomic import write_json
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = "the largest preset that fits" if on_cuda else "the preset for a CPU"
         print(f"no --model given: {name}, {reason} ({available_bytes(device.type) / 2**30:.0f} GiB)", flush=True)
     bench = build_bench(name, count, device, arguments)
-    rungs = choose_rungs(arguments)
+    rungs = choose_rungs(arguments, ladder(bench.config.packing.shares_prefix(device.type, num_views=2)))
     facts = report.run_facts(device) | bench_facts(name, bench, arguments)
     found = measure_epoch(
         bench,
@@ -120,10 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def choose_rungs(arguments: argparse.Namespace) -> list[Rung]:
+def choose_rungs(arguments: argparse.Namespace, rungs: Sequence[Rung]) -> list[Rung]:
     """All rungs when the whole factor is to be split, else the baseline and ours."""
     whole = "score" in arguments.phases and {"train", "forward_backward"} & set(arguments.phases)
-    return list(LADDER) if whole and not arguments.no_split else [LADDER[0], LADDER[-1]]
+    return list(rungs) if whole and not arguments.no_split else [rungs[0], rungs[-1]]
 
 
 def build_bench(name: str, count: int, device: torch.device, arguments: argparse.Namespace) -> Bench:

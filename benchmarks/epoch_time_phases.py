@@ -23,7 +23,7 @@ from epoch_time_variants import SCORERS, TRAINERS, Bench
 
 from inverseq.checkpoint import save_checkpoint
 from inverseq.records import ScoredSamples, TrainStep
-from inverseq.sampling_transformers import TransformersSampler, engine_mode, next_output, stop
+from inverseq.sampling_transformers import TransformersSampler
 
 __all__ = ["ALL_PHASES", "DEFAULT_PHASES", "Measured", "Measurements", "measure_epoch", "sample_forced"]
 
@@ -103,7 +103,10 @@ def measure_epoch(
     found = Measurements()
     scorers, trainers = (list(dict.fromkeys(pair[k] for pair in rungs)) for k in (0, 1))
     training = [phase for phase in ("train", "forward_backward") if phase in phases]
+    gc.freeze()  # what lives now is not searched again before each measurement
     warm_up(bench, scorers, trainers if training else [])
+    gc.collect()
+    gc.freeze()
     for rep in range(reps):
         if "sample" in phases:
             progress(f"repetition {rep + 1}: sample")
@@ -120,6 +123,7 @@ def measure_epoch(
         if "sync" in phases:
             sampler = make_sampler(bench)
             found.measure("sync", OURS, lambda s=sampler: s.sync(bench.policy, bench.engine.num_updates), bench.device)
+    gc.unfreeze()
     return found
 
 
@@ -215,28 +219,11 @@ def sample_forced(bench: Bench) -> list[int]:
     Returns the tokens generated for each. Forced because random weights never end a response by themselves; what is
     generated is dropped, so that every variant scores and trains the same tokens.
     """
-    sampler = make_sampler(bench)
-    prompts = [sample.rendered.policy_ids.tolist() for sample in bench.samples]
     lengths = [sample.num_actions for sample in bench.samples]
-    generation = sampler.generation_config()
-    generation.eos_token_id = -1
-    devices = [bench.device] if bench.device.type == "cuda" else []
+    prompts = [sample.rendered for sample in bench.samples]
     counts = [0] * len(prompts)
-    with torch.random.fork_rng(devices=devices), engine_mode(bench.policy, bench.num_valid_vocab):
-        manager = bench.policy.init_continuous_batching(
-            generation_config=generation,
-            continuous_batching_config=sampler.batching_config(list(map(len, prompts)), bench.config.seed),
-        )
-        waiting: dict[str, int] = {}
-        try:
-            for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-                waiting[manager.add_request(prompts[index], max_new_tokens=lengths[index])] = index
-            manager.start()
-            while waiting:
-                output = next_output(manager)
-                counts[waiting.pop(output.request_id)] = len(output.generated_tokens)
-        finally:
-            stop(manager, waiting)
+    for index, response in make_sampler(bench).generate(prompts, seed=bench.config.seed, lengths=lengths):
+        counts[index] = len(response.token_ids)
     if counts != lengths:
         raise RuntimeError(f"the sampler generated {counts} tokens instead of {lengths}")
     return counts

@@ -8,7 +8,7 @@ model and one optimizer. The order is part of the result: another order would sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ __all__ = [
     "Rung",
     "Scorer",
     "Trainer",
+    "ladder",
     "score",
     "train",
     "train_without_update",
@@ -134,6 +135,12 @@ def score_two_passes(bench: Bench) -> ScoredSamples:
     return ScoredSamples(bench.samples, targets, plain, offsets)
 
 
+def score_one_pass(bench: Bench) -> ScoredSamples:
+    """Ours with the principle read anew for every sample."""
+    config = replace(bench.config, packing=replace(bench.config.packing, share_prefix=False))
+    return score_targets(bench.frozen, bench.samples, config, num_valid_vocab=bench.num_valid_vocab)
+
+
 def fused_contrast(bench: Bench, flat: FlatSamples, indices: Sequence[int]) -> tuple[PackedViews, Tensor, Tensor]:
     """A pack of the plain view, and log π̂(y) and log π_l(y) of its actions, from a forward per view."""
     model = bench.frozen.plain
@@ -200,6 +207,7 @@ SCORERS = {
     "response rows": Scorer(lambda bench: score_packed_pairs(bench, all_rows=False)),
     "fused": Scorer(score_fused_pairs),
     "token budget": Scorer(score_two_passes),
+    "one pass": Scorer(score_one_pass),
     "ours": Scorer(
         lambda bench: score_targets(bench.frozen, bench.samples, bench.config, num_valid_vocab=bench.num_valid_vocab)
     ),
@@ -229,8 +237,14 @@ LADDER = (
     Rung("head rows: response tokens only", "response rows", "response rows"),
     Rung("kernels: fused operations for logits", "fused", "fused"),
     Rung("batch size: token budget for two samples", "token budget", "ours"),
-    Rung("one-pass scoring: both views in one forward", "ours", "ours"),
+    Rung("one-pass scoring: both views in one forward", "one pass", "ours"),
+    Rung("shared principle: read once a pack", "ours", "ours"),
 )
+
+
+def ladder(shares_prefix: bool) -> tuple[Rung, ...]:
+    """The rungs where our scoring shares a prefix or not; without, the last but one is ours already."""
+    return LADDER if shares_prefix else (*LADDER[:-2], replace(LADDER[-2], scorer="ours"))
 
 
 def score(bench: Bench, scorer: Scorer) -> ScoredSamples:

@@ -82,50 +82,61 @@ def test_every_rung_has_our_targets_loss_and_gradient(bench, ours, rung):
 
 
 def calls_of(bench, model, trainer=None, scorer=None):
-    """(forwards of the first layer, rows that went through the head) of one variant."""
-    seen = {"layer": 0, "rows": 0}
+    """(forwards of the first layer, tokens in them, rows that went through the head) of one variant."""
+    seen = []
 
-    def count(key, rows):
-        return lambda module, arguments: seen.__setitem__(key, seen[key] + rows(arguments))
+    def count(layer):
+        return lambda module, arguments: seen.append((layer, arguments[0].shape[:-1].numel()))
 
     hooks = [
-        model.get_decoder().layers[0].mlp.register_forward_pre_hook(count("layer", lambda arguments: 1)),
-        model.get_output_embeddings().register_forward_pre_hook(
-            count("rows", lambda arguments: arguments[0].shape[:-1].numel())
-        ),
+        model.get_decoder().layers[0].mlp.register_forward_pre_hook(count("layer")),
+        model.get_output_embeddings().register_forward_pre_hook(count("head")),
     ]
     if scorer:
         variants.score(bench, SCORERS[scorer])
     else:
         steps = TRAINERS[trainer].steps(bench, variants.score(bench, SCORERS["ours"]))
-        seen["layer"] = seen["rows"] = 0
+        seen.clear()
         variants.train(bench, TRAINERS[trainer], steps)
     for hook in hooks:
         hook.remove()
-    return seen["layer"], seen["rows"]
+    tokens = [rows for layer, rows in seen if layer == "layer"]
+    return len(tokens), sum(tokens), sum(rows for layer, rows in seen if layer == "head")
 
 
 def test_rungs_switch_what_they_say(bench):
     lengths = [len(s.rendered.policy_ids) + s.num_actions - 1 for s in bench.samples]
-    real = sum(lengths)
-    pairs = [lengths[0:2], lengths[2:4], lengths[4:5]]
-    padded = sum(len(pair) * max(pair) for pair in pairs)
+    real, count = sum(lengths), len(lengths)
+    padded = sum(len(pair) * max(pair) for pair in (lengths[0:2], lengths[2:4], lengths[4:5]))
     assert padded > real
-    extra = (inputs.PRINCIPLE_TOKENS - inputs.PLAIN_TOKENS) * len(lengths)
+    extra = (inputs.PRINCIPLE_TOKENS - inputs.PLAIN_TOKENS) * count
+    shared = inputs.PRINCIPLE_TOKENS * (count - 1)
+    views = 2 * real + extra
+    packing = replace(bench.config.packing, score_tokens=10**4, share_prefix="auto")
+    bench = replace(bench, config=replace(bench.config, packing=packing))
     frozen, policy = bench.frozen.plain, bench.policy
-    assert calls_of(bench, frozen, scorer="baseline") == (6, 2 * padded + extra)  # two forwards of three pairs
-    assert calls_of(bench, frozen, scorer="packed pairs") == (6, 2 * real + extra)
-    assert calls_of(bench, frozen, scorer="response rows") == (6, 0)
-    assert calls_of(bench, frozen, scorer="fused") == (6, 0)
-    one_pack = replace(bench, config=replace(bench.config, packing=replace(bench.config.packing, score_tokens=10**4)))
-    assert calls_of(one_pack, frozen, scorer="token budget") == (2, 0)
-    assert calls_of(one_pack, frozen, scorer="ours") == (1, 0)
-    assert calls_of(bench, policy, trainer="baseline") == (6, padded)  # every forward twice
-    assert calls_of(bench, policy, trainer="packed pairs") == (6, real)
-    assert calls_of(bench, policy, trainer="kept activations") == (3, real)
-    assert calls_of(bench, policy, trainer="fused") == (3, 0)
-    assert calls_of(bench, policy, trainer="ours") == (2, 0)  # a pack a step
+    padded_views = 2 * padded + extra
+    assert calls_of(bench, frozen, scorer="baseline") == (6, padded_views, padded_views)  # three pairs, two forwards
+    assert calls_of(bench, frozen, scorer="packed pairs") == (6, views, views)
+    assert calls_of(bench, frozen, scorer="response rows") == (6, views, 0)
+    assert calls_of(bench, frozen, scorer="fused") == (6, views, 0)
+    assert calls_of(bench, frozen, scorer="token budget") == (2, views, 0)
+    assert calls_of(bench, frozen, scorer="one pass") == (1, views, 0)
+    assert calls_of(bench, frozen, scorer="ours") == (1, views - shared, 0)
+    assert calls_of(bench, policy, trainer="baseline") == (6, 2 * padded, padded)  # every layer twice
+    assert calls_of(bench, policy, trainer="packed pairs") == (6, 2 * real, real)
+    assert calls_of(bench, policy, trainer="kept activations") == (3, real, real)
+    assert calls_of(bench, policy, trainer="response rows") == (3, real, 0)
+    assert calls_of(bench, policy, trainer="fused") == (3, real, 0)
+    assert calls_of(bench, policy, trainer="ours") == (2, real, 0)  # a pack a step
     assert policy.config._attn_implementation == frozen.config._attn_implementation == variants.ATTENTION_NAME
+
+
+def test_where_nothing_is_shared_both_views_in_one_forward_are_ours():
+    assert variants.ladder(True) == LADDER
+    rungs = variants.ladder(False)
+    assert len(rungs) == len(LADDER) - 1 and "one pass" not in {rung.scorer for rung in rungs}
+    assert (rungs[-1].scorer, rungs[-1].trainer) == ("ours", "ours")
 
 
 def test_a_padded_batch_is_as_long_as_the_longer_of_its_two(bench):
@@ -242,7 +253,8 @@ def test_a_side_that_runs_out_of_memory_is_a_result(bench, monkeypatch):
         raise torch.OutOfMemoryError("no room\nat all")
 
     monkeypatch.setitem(SCORERS, "baseline", replace(SCORERS["baseline"], run=fail))
-    found = phases.measure_epoch(bench, ["score", "train"], reps=1, rungs=PAIRS, progress=lambda text: None)
+    rungs = PAIRS[:2] + PAIRS[-2:]
+    found = phases.measure_epoch(bench, ["score", "train"], reps=1, rungs=rungs, progress=lambda text: None)
     assert found.phases["score", "baseline"].failure == "out of memory: no room"
     assert found.phases["train", "ours"].wall_s and found.phases["train", "baseline"].wall_s
     work = report.epoch_work(bench.policy, bench.samples)
@@ -260,7 +272,7 @@ PHASE_FIELDS = {"reps", "ms", "ms_p20", "ms_p80", "peak_bytes", "error", "tokens
 
 def test_a_run_writes_rows_table_and_picture(tmp_path, capsys):
     out = tmp_path / "out"
-    assert epoch_time.main(["--model", "tiny", "--samples", "4", "--reps", "2", "--out", str(out), "--profile"]) == 0
+    assert epoch_time.main(["--model", "tiny", "--samples", "3", "--out", str(out), "--profile"]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((out / "epoch_time.json").read_text())
     assert all(ROW_FIELDS <= row.keys() and row["measured"] is True for row in rows)
@@ -268,7 +280,7 @@ def test_a_run_writes_rows_table_and_picture(tmp_path, capsys):
     measured = {(row["phase"], row["variant"]): row for row in rows if row["op"] == "epoch_time"}
     assert {phase for phase, variant in measured if variant == "ours"} == set(phases.DEFAULT_PHASES)
     assert {phase for phase, variant in measured if variant == "baseline"} == {"pack", "score", "train"}
-    assert all(PHASE_FIELDS <= row.keys() and row["reps"] == 2 and row["ms"] > 0 for row in measured.values())
+    assert all(PHASE_FIELDS <= row.keys() and row["reps"] == 1 and row["ms"] > 0 for row in measured.values())
     assert all(row["mfu"] is None for row in measured.values())
     assert measured["train", "baseline"]["pad_waste"] > 0 == measured["train", "ours"]["pad_waste"]
     assert measured["train", "baseline"]["error"] < 1e-3
