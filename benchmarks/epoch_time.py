@@ -108,13 +108,15 @@ def main(argv: list[str] | None = None) -> int:
     bench = build_bench(name, count, device, arguments)
     rungs = choose_rungs(arguments, ladder(bench.config.packing.shares_prefix(device.type, num_views=2)))
     facts = report.run_facts(device) | bench_facts(name, bench, arguments)
-    found = measure_epoch(
-        bench,
-        arguments.phases,
-        reps=arguments.reps or (3 if on_cuda else 1),
-        rungs=[(rung.scorer, rung.trainer) for rung in rungs],
-        progress=lambda text: print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True),
-    )
+    found = Measurements()
+
+    def progress(text: str) -> None:
+        print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True)
+        write_rows(arguments.out, bench, found, facts, rungs)
+
+    pairs = [(rung.scorer, rung.trainer) for rung in rungs]
+    reps = arguments.reps or (3 if on_cuda else 1)
+    measure_epoch(bench, arguments.phases, found=found, reps=reps, rungs=pairs, progress=progress)
     write_results(arguments, bench, found, facts, rungs)
     print(f"{time.monotonic() - started:.0f} s in all")
     return 0
@@ -185,24 +187,29 @@ def bench_facts(name: str, bench: Bench, arguments: argparse.Namespace) -> dict[
     }
 
 
+def write_rows(folder: Path, bench: Bench, found: Measurements, facts: dict, rungs: Sequence[Rung]) -> list[dict]:
+    """Rows of what is measured by now, on disk: a run that is cut short keeps them."""
+    chip, work = report.chip_of(facts["device"]), report.epoch_work(bench.policy, bench.samples)
+    ladder = [(rung.switched_on, rung.scorer, rung.trainer) for rung in rungs]
+    rows = report.make_rows(found, work, chip=chip, facts=facts, ladder=ladder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "epoch_time.json", rows)
+    return rows
+
+
 def write_results(
     arguments: argparse.Namespace, bench: Bench, found: Measurements, facts: dict, rungs: Sequence[Rung]
 ) -> None:
     """Print the table and write JSON, text, picture and, where one is due, profiles."""
-    chip = report.chip_of(facts["device"])
-    work = report.epoch_work(bench.policy, bench.samples)
-    ladder = [(rung.switched_on, rung.scorer, rung.trainer) for rung in rungs]
-    rows = report.make_rows(found, work, chip=chip, facts=facts, ladder=ladder)
+    rows = write_rows(arguments.out, bench, found, facts, rungs)
     title = (
         f"{facts['model']} ({facts['weights']}, {facts['dtype']}), {facts['shapes']}\n"
         f"measured on {facts['device']}, {facts['date']}, commit {facts['commit']}, load {facts['load_average']}"
     )
-    notes = [] if chip else ["No MFU: the device is not in the table of peak rates."]
+    notes = [] if report.chip_of(facts["device"]) else ["No MFU: the device is not in the table of peak rates."]
     notes += [CPU_NOTE] if bench.device.type == "cpu" else []
     text = report.table(rows, title) + "".join(f"{note}\n" for note in notes)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "epoch_time.json", rows)
     (arguments.out / "epoch_time.txt").write_text(text)
     if not report.write_plot(rows, arguments.out / "epoch_time.png", "\n".join([title, *notes])):
         print("matplotlib is not installed: no picture (pip install 'inverseq[eval]')")

@@ -97,10 +97,18 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def measure_epoch(
-    bench: Bench, phases: Sequence[str], *, reps: int, rungs: Sequence[tuple[str, str]], progress: Callable[[str], None]
-) -> Measurements:
-    """Measure the phases; ``rungs`` are the (scorer, trainer) pairs to compare, ours among them."""
-    found = Measurements()
+    bench: Bench,
+    phases: Sequence[str],
+    *,
+    found: Measurements,
+    reps: int,
+    rungs: Sequence[tuple[str, str]],
+    progress: Callable[[str], None],
+) -> None:
+    """Fill ``found``; ``rungs`` are the (scorer, trainer) pairs to compare, ours among them.
+
+    ``progress`` is called before each measurement, so that what is known by then can be kept.
+    """
     scorers, trainers = (list(dict.fromkeys(pair[k] for pair in rungs)) for k in (0, 1))
     training = [phase for phase in ("train", "forward_backward") if phase in phases]
     gc.freeze()  # what lives now is not searched again before each measurement
@@ -124,7 +132,6 @@ def measure_epoch(
             sampler = make_sampler(bench)
             found.measure("sync", OURS, lambda s=sampler: s.sync(bench.policy, bench.engine.num_updates), bench.device)
     gc.unfreeze()
-    return found
 
 
 def trainer_pairs(rungs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

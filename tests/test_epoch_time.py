@@ -254,7 +254,9 @@ def test_a_side_that_runs_out_of_memory_is_a_result(bench, monkeypatch):
 
     monkeypatch.setitem(SCORERS, "baseline", replace(SCORERS["baseline"], run=fail))
     rungs = PAIRS[:2] + PAIRS[-2:]
-    found = phases.measure_epoch(bench, ["score", "train"], reps=1, rungs=rungs, progress=lambda text: None)
+    found, told = phases.Measurements(), []
+    phases.measure_epoch(bench, ["score", "train"], found=found, reps=1, rungs=rungs, progress=told.append)
+    assert [text.split(": ")[1] for text in told[::4]] == ["score, baseline", "train, baseline"]
     assert found.phases["score", "baseline"].failure == "out of memory: no room"
     assert found.phases["train", "ours"].wall_s and found.phases["train", "baseline"].wall_s
     work = report.epoch_work(bench.policy, bench.samples)
