@@ -75,6 +75,68 @@ def first_shown(text: str, number: int = 0) -> str:
     return "The first one.\n\n[[A]]"
 
 
+class Handler(BaseHTTPRequestHandler):
+    """One request; what it belongs to is ``server.owner``."""
+
+    def do_POST(self):
+        owner = self.server.owner
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        text = body["messages"][-1]["content"]
+        with owner.lock:
+            number = len(owner.asked)
+            owner.asked.append(text)
+            owner.bodies.append(body)
+            owner.headers.append({name.lower(): value for name, value in self.headers.items()})
+            owner.times.append(time.monotonic())
+            owner.running += 1
+            owner.most_at_once = max(owner.most_at_once, owner.running)
+        try:
+            self.reply(owner.answer(text, number), text, body["model"])
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client has gone
+        finally:
+            with owner.lock:
+                owner.running -= 1
+
+    def reply(self, answer, text, model):
+        if isinstance(answer, Hang):
+            time.sleep(answer.seconds)
+            answer = answer.text
+        if isinstance(answer, Status):
+            extra = {"retry-after": answer.retry_after} if answer.retry_after else {}
+            return self.send(answer.code, answer.body, "application/json", extra)
+        if isinstance(answer, Raw):
+            return self.send(200, answer.body, answer.content_type, {}, broken=answer.broken)
+        message = {"role": "assistant", "content": answer}
+        if isinstance(answer, CutOff):
+            message["content"] = answer.text
+        if isinstance(answer, Refusal):
+            message |= {"content": None, "refusal": answer.text}
+        reason = "length" if isinstance(answer, CutOff) else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        completion = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+        self.send(200, json.dumps(completion), "application/json", {})
+        with self.server.owner.lock:
+            self.server.owner.answered.append(text)
+
+    def send(self, code, body, content_type, extra, broken=False):
+        content = body.encode()
+        self.send_response(code)
+        for name, value in {"content-type": content_type, **extra}.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if broken else content)
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # a full queue would reset connections, faults that no test has planted
+    daemon_threads = True
+
+
 @dataclass
 class JudgeServer:
     """Use as a context manager; ``url`` is what ``--base-url`` takes."""
@@ -85,71 +147,13 @@ class JudgeServer:
     headers: list[dict[str, str]] = field(default_factory=list)
     bodies: list[dict] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    running: int = 0
     most_at_once: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> JudgeServer:
-        outer, lock = self, threading.Lock()
-        running = 0
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                nonlocal running
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                text = body["messages"][-1]["content"]
-                with lock:
-                    number = len(outer.asked)
-                    outer.asked.append(text)
-                    outer.bodies.append(body)
-                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
-                    outer.times.append(time.monotonic())
-                    running += 1
-                    outer.most_at_once = max(outer.most_at_once, running)
-                try:
-                    self.reply(outer.answer(text, number), text, body["model"])
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client has gone
-                finally:
-                    with lock:
-                        running -= 1
-
-            def reply(self, answer, text, model):
-                if isinstance(answer, Hang):
-                    time.sleep(answer.seconds)
-                    answer = answer.text
-                if isinstance(answer, Status):
-                    extra = {"retry-after": answer.retry_after} if answer.retry_after else {}
-                    return self.send(answer.code, answer.body, "application/json", extra)
-                if isinstance(answer, Raw):
-                    return self.send(200, answer.body, answer.content_type, {}, broken=answer.broken)
-                message = {"role": "assistant", "content": answer}
-                if isinstance(answer, CutOff):
-                    message["content"] = answer.text
-                if isinstance(answer, Refusal):
-                    message |= {"content": None, "refusal": answer.text}
-                reason = "length" if isinstance(answer, CutOff) else "stop"
-                choice = {"index": 0, "message": message, "finish_reason": reason}
-                completion = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
-                self.send(200, json.dumps(completion), "application/json", {})
-                with lock:
-                    outer.answered.append(text)
-
-            def send(self, code, body, content_type, extra, broken=False):
-                content = body.encode()
-                self.send_response(code)
-                for name, value in {"content-type": content_type, **extra}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if broken else content)
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 64  # a full queue would reset connections, faults that no test has planted
-            daemon_threads = True
-
         self.server = Server(("127.0.0.1", 0), Handler)
+        self.server.owner = self
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"

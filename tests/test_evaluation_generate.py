@@ -1,6 +1,8 @@
 """A model's answers to a test set: with and without the principle, resumable, and the same either way."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from inverseq.evaluation.cli import main
 from inverseq.evaluation.readers import pair_up, read_responses
 from tests.tiny import make_tiny_model
 
-SETTINGS = ["sampling.max_new_tokens=6", "sampling.batch_size=2"]
+SETTINGS = ["sampling.max_new_tokens=4", "sampling.batch_size=2"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"question {i}", "category": "self_harm"}) + "\n" for i in range(10)))
+    path.write_text("".join(json.dumps({"prompt": f"question {i}", "category": "self_harm"}) + "\n" for i in range(6)))
     return path
 
 
@@ -52,22 +54,22 @@ def test_rows_are_what_the_judge_reads(model, prompts, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     assert generate(model, prompts, out, "--json") == 0
     rows = rows_of(out)
-    assert [row["id"] for row in rows] == [f"prompts-{i}" for i in range(1, 11)]
+    assert [row["id"] for row in rows] == [f"prompts-{i}" for i in range(1, 7)]
     assert list(rows[0]) == ["id", "messages", "response", "model", "finish_reason", "category"]
     assert {row["model"] for row in rows} == {"tiny"} and {row["category"] for row in rows} == {"self_harm"}
     assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
     counts = json.loads(capsys.readouterr().out)
-    assert counts["num_responses"] == 10
+    assert counts["num_responses"] == 6
     assert counts["num_truncated"] == sum(row["finish_reason"] == "length" for row in rows)
     settings = json.loads((tmp_path / "answers.settings.json").read_text())["settings"]
-    assert settings["principle"] is None and settings["sampling"]["max_new_tokens"] == 6
+    assert settings["principle"] is None and settings["sampling"]["max_new_tokens"] == 4
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_answers(model, prompts, tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert generate(model, prompts, whole) == 0
     with monkeypatch.context() as patch:
-        assert count_samples(patch, fail_after=2) == []
+        assert count_samples(patch, fail_after=1) == []
         assert generate(model, prompts, cut) == 130
     assert "interrupted" in capsys.readouterr().err and not cut.exists()
     partial = tmp_path / ".cut.jsonl.partial"
@@ -75,7 +77,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_answers(model, prompt
     with monkeypatch.context() as patch:
         calls = count_samples(patch)
         assert generate(model, prompts, cut) == 0
-    assert calls == [2]  # chunks of 4, 4 and 2: the first two were there
+    assert calls == [2]  # chunks of 4 and 2: the first one was there
     assert cut.read_bytes() == whole.read_bytes() and not partial.exists()
 
 
@@ -94,11 +96,14 @@ def test_a_finished_file_is_not_made_again_and_not_overwritten(model, prompts, t
         assert generate(model, prompts, out, *words) == 2
         assert f"was made with other settings ({what}: " in capsys.readouterr().err
     assert out.read_bytes() == before
-    other = make_tiny_model(tmp_path / "tiny", seed=1)
-    assert generate(other, prompts, tmp_path / "second.jsonl") == 0
-    make_tiny_model(tmp_path / "tiny", seed=2)  # other weights in the same place
-    assert generate(other, prompts, tmp_path / "second.jsonl") == 2
+    other = shutil.copytree(model, tmp_path / "tiny")
+    monkeypatch.setattr(module, "model_files", lambda path: {"model.safetensors": [1, 2]})  # other weights in there
+    assert generate(model, prompts, out) == 2
     assert "model_files" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert module.model_files(str(other)).keys() == {"model.safetensors"}
+    os.utime(other / "model.safetensors", ns=(0, 0))
+    assert module.model_files(str(other)) != module.model_files(str(model))
     (tmp_path / "answers.settings.json").unlink()
     assert generate(model, prompts, out) == 2
     assert "does not say what made it" in capsys.readouterr().err
@@ -147,7 +152,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(model, prompts, tmp_
         file.write(json.dumps({"prompt": "long " * 300}) + "\n")
     out = tmp_path / "answers.jsonl"
     assert generate(model, prompts, out, "prompts.max_prompt_tokens=60") == 0
-    assert "1 prompts left out" in capsys.readouterr().out and len(rows_of(out)) == 10
+    assert "1 prompts left out" in capsys.readouterr().out and len(rows_of(out)) == 6
     assert generate(model, prompts, tmp_path / "none.jsonl", "prompts.max_prompt_tokens=3") == 2
     assert "no prompt has at most 3 tokens" in capsys.readouterr().err
 

@@ -105,6 +105,19 @@ def test_two_models_are_answered_for_judged_rated_and_split_by_category(server, 
     assert all(row["win_rate"]["value"] == 0.5 for row in found)
 
 
+def test_answers_can_come_from_a_server_that_has_the_models_weights(server, tmp_path):
+    url, name = server
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Hello?"}) + "\n")
+    settings = {"backend": "server", "server.url": url, "server.model": name, "server.static": "true"}
+    settings |= {"server.prompts": "text", "server.dialect": "transformers", "max_new_tokens": "4"}
+    words = [f"sampling.{key}={value}" for key, value in settings.items()]
+    assert main(["generate", "--model", name, "--prompts", str(prompts), "--out", str(out), *words]) == 0
+    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["response"] == "[[A]]" and row["finish_reason"] == "stop"
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "answers.jsonl", "answers.settings.json"}
+
+
 def test_a_judge_whose_answers_are_cut_off_has_given_no_verdict(server, tmp_path, capsys):
     url, name = server
     files = []

@@ -15,14 +15,17 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import json_line, write_json, write_jsonl
+from ..atomic import json_line, remove_directory, write_json, write_jsonl
 from .command import Outcome
 from .readers import Question, read_questions, turn_id
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..chat import ChatRenderer
     from ..config import Config
     from ..records import Prompt, RenderedPrompt, Sample
@@ -106,8 +109,9 @@ def generate(
     that training would refuse too, and when ``out`` holds answers made with other settings.
     """
     from ..chat import ChatRenderer, load_chat_template, load_principle
-    from ..resolve import count_valid_vocab, load_model_config, load_tokenizer, resolve_model_path
+    from ..resolve import check_environment, count_valid_vocab, load_model_config, load_tokenizer, resolve_model_path
 
+    check_environment(config)
     path = resolve_model_path("model.path", config.model.path)
     model_config = load_model_config("model.path", path, config.model)
     tokenizer = load_tokenizer("model.path", path, config.model)
@@ -129,7 +133,7 @@ def generate(
     if not asked:
         raise ValueError(f"no prompt has at most {longest} tokens (prompts.max_prompt_tokens, or what the model reads)")
     partial = Partial(out, settings)
-    with sampler_of(config, path, tokenizer, num_valid_vocab) as sampler:
+    with sampler_of(config, path, tokenizer, num_valid_vocab, asked[0][1], out) as sampler:
         rows = [row for chunk in work.answer(asked, sampler, partial) for row in chunk]
     return finish(out, settings, [{**row, "model": name} for row in rows], work.num_too_long)
 
@@ -202,20 +206,40 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def sampler_of(config: Config, path: str, tokenizer, num_valid_vocab: int):
-    """The configured backend on the model's weights, as a context manager that closes it."""
-    from contextlib import closing
-
+@contextmanager
+def sampler_of(
+    config: Config,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_valid_vocab: int,
+    probe: RenderedPrompt,
+    out: Path,
+) -> Iterator[Sampler]:
+    """The configured backend, checked to answer with the model's weights; closed, and what it was given removed."""
     from transformers.utils.logging import disable_progress_bar
 
+    from ..freshness import Freshness
     from ..model import load_model
     from ..sampling import make_sampler
+    from ..sampling_transformers import stop_token_ids
 
     disable_progress_bar()
     model = load_model(path, config.model)
-    sampler = make_sampler(config.sampling, model, tokenizer, num_valid_vocab=num_valid_vocab)
-    sampler.sync(model, 0)
-    return closing(sampler)
+    weights_dir = out.with_name(f".{out.name}.weights")  # for an engine in another process
+    sampler = make_sampler(config.sampling, model, tokenizer, num_valid_vocab=num_valid_vocab, weights_dir=weights_dir)
+    freshness = Freshness(
+        probe,
+        tokenizer,
+        stop_ids=stop_token_ids(model, tokenizer),
+        num_valid_vocab=num_valid_vocab,
+        max_gap=config.sampling.max_logprob_gap,
+    )
+    try:
+        freshness.sync(sampler, model, 0)
+        yield sampler
+    finally:
+        sampler.close()
+        remove_directory(weights_dir)
 
 
 class Partial:
