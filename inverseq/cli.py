@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from . import __version__
@@ -104,12 +105,15 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
         return
     if launched_rank() is None:
         mention_idle_gpus(config)
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from .distributed import RankFailed
     from .trainer import train
 
     disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
+    if launched_rank():  # what libraries warn of, rank 0 says for all
+        warnings.simplefilter("ignore")
+        set_verbosity_error()
     try:
         train(config, resume=arguments.resume)
     except RankFailed:
