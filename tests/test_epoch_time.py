@@ -327,3 +327,15 @@ def test_bad_arguments_are_refused_before_any_work(arguments, message, capsys, t
         epoch_time.main([*arguments, "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phases, "warm_up", lambda *arguments: None)
+    monkeypatch.setattr(phases, "measure_training", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        epoch_time.main(["--model", "tiny", "--samples", "2", "--phases", "score,train", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "epoch_time.json").read_text())
+    assert [row["variant"] for row in rows if row["phase"] == "score"] == list(SCORERS)
