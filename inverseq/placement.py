@@ -134,11 +134,14 @@ def plan_placement(job: Job) -> Placement:
 def candidates(job: Job) -> Iterator[Placement]:
     """Every placement that the configuration allows, the cheapest in time first."""
     engine, on_gpu = job.config.engine, job.hardware.device_type == "cuda"
+    recomputed = str(job.config.model.gradient_checkpointing).lower()
+    checkpointing = (False, True) if recomputed == "auto" else (recomputed == "true",)
+    if job.config.policy.lora.rank:  # one process holds the base once, for the policy and the frozen models
+        yield from (Placement(0, False, False, "replicated", recompute) for recompute in checkpointing)
+        return
     frozen = ("replicated",) + ("sharded",) * (job.world_size > 1) + ("host",) * on_gpu
     if engine.frozen != "auto":
         frozen = (engine.frozen,)
-    recomputed = str(job.config.model.gradient_checkpointing).lower()
-    checkpointing = (False, True) if recomputed == "auto" else (recomputed == "true",)
     for (offload_optimizer, offload_parameters), recompute in itertools.product(offloads(job), checkpointing):
         for stage, where in itertools.product(stages(job, offload_optimizer, offload_parameters), frozen):
             yield Placement(stage, offload_optimizer, offload_parameters, where, recompute)
@@ -169,15 +172,15 @@ def stages(job: Job, offload_optimizer: bool, offload_parameters: bool) -> tuple
 
 
 def check_keys(job: Job) -> None:
-    """Raise ValueError for keys of the engine that contradict each other."""
-    engine = job.config.engine
+    """Raise ValueError for keys of the engine that contradict each other, or adapters."""
+    engine, lora = job.config.engine, job.config.policy.lora.rank
     if engine.offload_parameters == "cpu" and engine.zero_stage not in ("auto", "3"):
         raise ValueError(
             f"engine.offload_parameters='cpu': expected engine.zero_stage=3 or auto, not {engine.zero_stage}"
         )
     if engine.offload_optimizer == "cpu" and engine.zero_stage == "0":
         raise ValueError("engine.offload_optimizer='cpu': expected engine.zero_stage=1, 2, 3 or auto, not 0")
-    if engine.kind != "torch":
+    if engine.kind != "torch" and not lora:
         return
     needs = {
         "engine.zero_stage": engine.zero_stage not in ("auto", "0"),
@@ -187,7 +190,8 @@ def check_keys(job: Job) -> None:
     }
     for key in (key for key, needed in needs.items() if needed):
         value = getattr(engine, key.partition(".")[2])
-        raise ValueError(f"{key}={value!r}: needs DeepSpeed; expected engine.kind=deepspeed or auto, not torch")
+        instead = f"policy.lora.rank=0, not {lora}" if lora else "engine.kind=deepspeed or auto, not torch"
+        raise ValueError(f"{key}={value!r}: needs DeepSpeed; expected {instead}")
 
 
 def excess_bytes(job: Job, placement: Placement) -> int:

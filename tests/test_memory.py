@@ -5,13 +5,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from inverseq.attention import ATTENTION_NAME, attention_layout
+from inverseq.config import LoraConfig
 from inverseq.config_loading import load_config
+from inverseq.lora import add_adapters
 from inverseq.memory import (
     PHASES,
     Hardware,
     Job,
     Placement,
     activation_bytes_per_token,
+    adapter_parameters,
     available_bytes,
     estimate_memory,
     host_bytes_of,
@@ -186,6 +189,18 @@ def test_on_a_gpu_the_samplers_cache_takes_what_is_free():
     job = Job(config, size, None, 2, 1000, hardware)
     found = peak_of_phases(estimate_memory(job, WHOLE))
     assert found["sample"] == hardware.usable_bytes == int(160 * GIB * 0.95) - 2 * GIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_counted_and_keep_what_the_formula_says(tmp_path, dtype):
+    path = make_tiny_model(tmp_path / "m", layers=4)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME).train()
+    add_adapters(model, LoraConfig(rank=4), seed=0)
+    size = model_size(AutoConfig.from_pretrained(path))
+    assert adapter_parameters(size, LoraConfig(rank=4)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    [pack] = pack_views(make_samples(6, longest=60), (-1,), token_budget=1024)
+    estimated = activation_bytes_per_token(size, dtype.itemsize, checkpointing=False)
+    assert estimated == pytest.approx(kept_bytes(model, pack) / pack.num_tokens, rel=0.2)
 
 
 def test_the_ranks_of_a_host_share_a_cpus_memory_and_have_a_gpu_each():

@@ -83,6 +83,20 @@ def test_two_frozen_models_are_sharded_where_they_do_not_fit_twice():
     assert choice(job(LLAMA_7B, "8x80GB", plain=LLAMA_7B)) == (2, 0, "sharded", False)
 
 
+def test_adapters_hold_the_base_once_and_run_in_one_process():
+    asked = job(LLAMA_7B, "1x40GB", "policy.lora.rank=64")
+    assert choice(asked) == (0, 0, "replicated", True)
+    assert choice(job(LLAMA_7B, "1x80GB", "policy.lora.rank=64")) == (0, 0, "replicated", False)
+    parts = {part.name: part.num_bytes for part in estimate_memory(asked, plan_placement(asked))}
+    num_adapters = 159_907_840  # what peft counts for Llama-2-7B at rank 64 on all linear layers
+    assert parts["adapters"] == parts["gradients"] == parts["AdamW moments"] / 2 == 4 * num_adapters
+    assert "frozen model" not in parts and "fp32 master weights" not in parts
+    assert parts["policy weights"] == 2 * LLAMA_7B.num_parameters
+    both = job(LLAMA_7B, "1x80GB", "policy.lora.rank=64", plain=LLAMA_7B)
+    parts = {part.name: part.num_bytes for part in estimate_memory(both, plan_placement(both))}
+    assert "frozen model" not in parts and parts["frozen plain model"] == 2 * LLAMA_7B.num_parameters
+
+
 @pytest.mark.parametrize("hardware", ["8x80GB", "2x80GB", "1x80GB", "4x40GB", "16x24GB"])
 @pytest.mark.parametrize("size", [LLAMA_7B, LLAMA_13B], ids=["7b", "13b"])
 def test_the_chosen_placement_fits_and_the_next_lower_stage_would_not(size, hardware):
@@ -127,6 +141,7 @@ def test_the_plain_engine_is_never_given_what_needs_deepspeed():
         (["engine.kind=torch", "engine.zero_stage=2"], "engine.zero_stage='2': needs DeepSpeed"),
         (["engine.kind=torch", "engine.offload_optimizer=cpu"], "engine.offload_optimizer='cpu': needs DeepSpeed"),
         (["engine.kind=torch", "engine.frozen=sharded"], "engine.frozen='sharded': needs DeepSpeed"),
+        (["policy.lora.rank=8", "engine.zero_stage=3"], "engine.zero_stage='3': needs DeepSpeed.*policy.lora.rank=0"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides, message):
