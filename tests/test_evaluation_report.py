@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from inverseq.evaluation.plots import draw_curves, save_plot
 from inverseq.evaluation.report import main, report
 from inverseq.sample_files import read_samples, samples_path, write_samples
 from tests.hostile import HOSTILE, text_of
@@ -15,15 +16,10 @@ from tests.tiny import make_tiny_tokenizer
 from tests.tiny_run import make_tiny_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-REWARDS = {
-    "kind": "rewards",
-    "reward_model": "armo <b>",
-    "scale": 0.5,
-    "rows": [
-        {"series": name, "epoch": e, "reward": e / 2, "increment": e, "increment_low": e - 1, "increment_high": e + 1}
-        for name in ("run", "ppo $x_{$ <b>") for e in (0.0, 1.0, 2.0)
-    ],
-}  # fmt: skip
+REWARDS = [
+    {"series": name, "epoch": e, "increment": e / 2, "increment_low": e - 1, "increment_high": e + 1}
+    for name in ("run", "ppo $x_{$ <b>") for e in (0.0, 1.0, 2.0)
+]  # fmt: skip
 
 
 LOOK = """
@@ -64,8 +60,8 @@ def run_dir(tmp_path_factory):
         samples, torch.tensor(np.concatenate(targets)).float(), torch.tensor(np.concatenate(plain)).float(), offsets
     )
     write_samples(samples_path(path, 2), scored, tokenizer)
-    (path / "evaluation").mkdir()
-    (path / "evaluation" / "rewards.json").write_text(json.dumps(REWARDS))
+    save_plot(path / "evaluation" / "rewards.png", REWARDS, draw_curves("epoch", "increment"))
+    save_plot(path / "evaluation" / "a-vs-b" / "other_plot.png", REWARDS, draw_curves("epoch", "increment"))
     return path
 
 
@@ -80,14 +76,17 @@ def test_the_page_has_every_part_and_its_numbers(run_dir, page):
         assert heading in text
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"{last['held_out/mean_squared_log_ratio']:.4g}" in text
-    assert "samples_per_step: 4" in text and "Reward by armo <b>" in text
+    assert "samples_per_step: 4" in text and "Reward model" in text and "other plot: a-vs-b" in text
+    assert "ppo $x_{$ <b>" in text
     assert page.read_text().count("<svg") >= 6
 
 
 def test_the_page_asks_no_network_and_runs_no_script(page):
     html = page.read_text()
     assert "default-src 'none'" in html
-    assert not re.search(r"<(script|img|iframe|link|object|embed)\b", html, re.IGNORECASE)
+    assert not re.search(r"<(script|iframe|link|object|embed)\b", html, re.IGNORECASE)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'<img[^>]* src="([^"]*)', html))
+    html = re.sub('base64,[^"]*', "", html)
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", html.replace("http://www.w3.org", ""))
     assert not re.search(r"<[^>]*\son\w+\s*=", html)
     assert "\u202e" not in html and "onerror=alert(1)" in text_of(html)
@@ -131,12 +130,15 @@ def test_a_run_that_has_just_begun_has_a_page_too(run_dir, tmp_path):
 
 
 def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"kind": "rewards"}')
+    broken = tmp_path / "empty"
+    broken.mkdir()
     for words, message in (
         (["/nowhere"], "holds no run"),
         ([str(run_dir), "--samples", "-1"], "--samples -1"),
-        ([str(run_dir), "--out", str(tmp_path / "x.html"), "--results", str(broken)], "is no result of inverseq-eval"),
+        (
+            [str(run_dir), "--out", str(tmp_path / "x.html"), "--results", str(broken)],
+            "holds no result of inverseq-eval",
+        ),
     ):
         assert main(words) == 2
         error = capsys.readouterr().err

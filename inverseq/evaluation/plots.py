@@ -54,9 +54,10 @@ def save_plot(path: Path | str, rows: Sequence[Row], draw: Callable[[Figure, Seq
         raise ValueError(f"plot {str(path)!r}: expected a name that ends with .png")
     figure = require_package("matplotlib.figure").Figure(layout="constrained")
     written = write_csv(path.with_suffix(".csv"), rows)
-    draw(figure, rows)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
+    with require_package("matplotlib").rc_context({"text.parse_math": False}):  # names may hold dollars
+        draw(figure, rows)
+        with atomic_file(path) as file:
+            figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
     return [path, written]
 
 

@@ -1,8 +1,8 @@
 """The command ``inverseq-report``: a run as one self-contained HTML page.
 
 Epochs, curves, time, samples with their credit, what was evaluated, and the configuration. It reads the run directory
-and the results in RUN/evaluation (or the files given), loads no model, and asks no network. A missing part is left out
-and said to be missing.
+and the results in RUN/evaluation (or the folders given), loads no model, and asks no network. A missing part is left
+out and said to be missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .credit import TokenCredit, credit_of
 from .credit_cli import tokenizer_of_run
 from .heatmap import credit_html, messages_html, value_figure
 from .page import document, escape, figure_svg, table
-from .report_results import results_sections
+from .report_results import find_results, results_sections
 
 __all__ = ["main", "report"]
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html)")
     parser.add_argument("--samples", type=int, default=6, help="samples shown with their credit (default: 6)")
     parser.add_argument(
-        "--results", metavar="FILE", nargs="*", help="JSON results of inverseq-eval (default: RUN/evaluation/**/*.json)"
+        "--results", metavar="DIR", nargs="*", help="folders with results of inverseq-eval (default: RUN/evaluation)"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -85,13 +85,13 @@ def report(
     config = load_config(run_dir / "config.yaml")
     epochs, steps = read_metrics(run_dir, "epoch"), read_metrics(run_dir, "step")
     if results is None:
-        results = sorted((run_dir / "evaluation").rglob("*.json"))
+        results = [run_dir / "evaluation"] if (run_dir / "evaluation").is_dir() else []
     sections = [
         overview(config, epochs, steps),
         *curve_sections(epochs, steps),
         timing_section(epochs),
         *sample_sections(config, run_dir, num_samples),
-        *results_sections(results),
+        *results_sections(find_results(results)),
         "<h2>Configuration</h2>",
         f"<pre>{escape(to_yaml(config))}</pre>",
     ]

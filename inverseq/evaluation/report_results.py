@@ -1,64 +1,75 @@
-"""The results of ``inverseq-eval`` as sections of the report, each from the JSON document that its command wrote."""
+"""What ``inverseq-eval`` found, as sections of the report: every plot with the numbers that it is drawn from.
+
+Each command writes PATH.png with its data in PATH.csv; both are shown, whatever command wrote them.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import base64
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from .page import escape, figure_svg, table
-from .plots import draw_curves
+from .page import escape, table
 
-__all__ = ["results_sections"]
+__all__ = ["find_results", "results_sections"]
+
+MAX_ROWS = 200
+TITLES = {
+    "win_rate": "Win rates by the judge",
+    "elo_ratings": "Bradley–Terry ratings",
+    "elo_online": "Online Elo",
+    "categories": "Win rates by category",
+    "rewards": "Reward model",
+    "sweep": "Contrast strength α",
+    "sweep_win_minus_lose": "Win − lose against α",
+}
 
 
-def results_sections(paths: Sequence[Path]) -> Iterator[str]:
-    """A section per result; ValueError naming a file that is none."""
+def find_results(folders: Sequence[Path]) -> list[Path]:
+    """Plots with their data below folders; ValueError for a folder that does not exist or holds none."""
+    found = []
+    for folder in folders:
+        plots = [path for path in sorted(folder.rglob("*.png")) if path.with_suffix(".csv").is_file()]
+        if not plots:
+            raise ValueError(f"{folder}: holds no result of inverseq-eval (a plot with its .csv)")
+        found += plots
+    return found
+
+
+def results_sections(plots: Sequence[Path]) -> Iterator[str]:
+    """A section per plot."""
     yield "<h2>Evaluation</h2>"
-    if not paths:
+    if not plots:
         yield '<p class="note">No results: inverseq-eval writes them into RUN/evaluation.</p>'
-    for path in paths:
-        yield result_section(path)
+    for path in plots:
+        title = TITLES.get(path.stem, path.stem.replace("_", " "))
+        if path.parent.name != "evaluation":
+            title = f"{title}: {path.parent.name}"
+        image = base64.b64encode(path.read_bytes()).decode()
+        yield (
+            f"<h3>{escape(title)}</h3>"
+            f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{image}"></figure>'
+            f"<details><summary>{escape(path.with_suffix('.csv').name)}</summary>{csv_table(path.with_suffix('.csv'))}"
+            "</details>"
+        )
 
 
-def result_section(path: Path) -> str:
+def csv_table(path: Path) -> str:
+    """The rows of a CSV as a table; of a long one the first ones."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content["kind"]
-        section = SECTIONS[kind](content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no result of inverseq-eval: {type(error).__name__} {error}") from error
-    return f"<h3>{escape(TITLES[kind])}</h3>{section}"
+        with path.open(newline="", encoding="utf-8") as file:
+            heading, *rows = csv.reader(file)
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ValueError(f"{path}: is no table: {error}") from error
+    shown = [[as_number(cell) for cell in row] for row in rows[:MAX_ROWS]]
+    rest = f'<p class="note">{len(rows) - MAX_ROWS:,} more rows.</p>' if len(rows) > MAX_ROWS else ""
+    return table(heading, shown) + rest
 
 
-def rewards_section(content: dict[str, Any]) -> str:
-    rows = content["rows"]
-    keys = ("series", "epoch", "reward", "increment", "increment_low", "increment_high")
-    label = "standard deviations across epochs"
-    caption = f"Reward by {content['reward_model']}: increment over epoch 0, with 95 % intervals"
-    return curves(rows, "epoch", "increment", label, caption) + table(keys, ([row[k] for k in keys] for row in rows))
-
-
-def sweep_section(content: dict[str, Any]) -> str:
-    rows = content["rows"]
-    keys = [key for key in rows[0] if key != "series"]
-    y = "mean_w_minus_l" if content["mode"] == "runs" else "mean_target_gain"
-    parts = [curves(rows, "alpha", y, "nats a token", f"{y} against α")]
-    if any(row.get("win_minus_lose") is not None for row in rows):
-        parts.append(curves(rows, "alpha", "win_minus_lose", "win − lose", "win − lose against α"))
-    return "".join(parts) + table(keys, ([row[k] for k in keys] for row in rows))
-
-
-def curves(rows: Sequence[dict[str, Any]], x: str, y: str, label: str, caption: str) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # a run's name may hold dollars
-        figure = Figure()
-        draw_curves(x, y, y_label=label)(figure, rows)
-        return figure_svg(figure, caption)
-
-
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"rewards": rewards_section, "sweep": sweep_section}
-TITLES = {"rewards": "Reward model", "sweep": "Contrast strength"}
+def as_number(cell: str) -> str | float:
+    """The float that a cell writes, else its text; whole numbers stay as they are written."""
+    try:
+        return float(cell) if "." in cell else cell
+    except ValueError:
+        return cell

@@ -32,7 +32,13 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="RECIPE_OR_FILE", help="what the runs of --runs train")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="*", default=[], help="options on top of --config")
     parser.add_argument("--reward-model", metavar="M", help="also score the answers of the runs' last epochs")
-    parser.add_argument("--verdicts", metavar="ALPHA=FILE", nargs="*", default=[], help="verdicts of judged runs")
+    parser.add_argument(
+        "--verdicts",
+        metavar="ALPHA=FILE",
+        nargs="*",
+        default=[],
+        help="verdicts of judged runs, model a being the run's",
+    )
     parser.add_argument("--out", metavar="DIR", help="where results go (default: RUN/evaluation or DIR)")
     return parser
 
@@ -164,9 +170,10 @@ def compare_run(folder: Path, alpha: float, args: argparse.Namespace, verdicts: 
         rewards = RewardModel(args.reward_model).score([(one["messages"], one["response"]) for one in rows])
         row["reward"] = sum(rewards) / len(rewards)
     if verdicts is not None:
-        from .pairwise import summarise_file
+        from .pairwise import combine_orders, read_verdicts, summarize
 
-        row["win_minus_lose"] = summarise_file(verdicts)
+        found = summarize(combine_orders(read_verdicts([verdicts])))["win_minus_lose"]
+        row["win_minus_lose"] = None if found is None else found["value"]
     return row
 
 
