@@ -69,6 +69,9 @@ class FaultProxy:
         self.target = target
         self.plan: dict[int, Fault | str] = {}
         self.requests: list[dict] = []
+        self.arrived_s: list[float] = []  # when each of them came
+        self.delay_s = 0.0  # before each of them is passed on
+        self.in_flight = self.most_in_flight = 0
         self.num_refreshes = 0
         self.refresh_bodies: list[dict | None] = []
         self.rewrite: Callable[[dict], None] | None = None  # changes a completion request's body
@@ -102,12 +105,23 @@ class FaultProxy:
         self.server.server_close()
 
     def handle(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
+        with self.lock:
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            self.pass_on(handler, body)
+        finally:
+            with self.lock:
+                self.in_flight -= 1
+
+    def pass_on(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
         fault: Fault | str | None = None
         if handler.path.endswith("/completions"):
             request = json.loads(body)
             with self.lock:
                 fault = self.plan.get(len(self.requests))
                 self.requests.append(request)
+                self.arrived_s.append(time.monotonic())
             if self.rewrite is not None:
                 self.rewrite(request)
                 body = json.dumps(request).encode()
@@ -117,6 +131,7 @@ class FaultProxy:
                 self.refresh_bodies.append(json.loads(body) if body else None)
             if self.on_refresh is not None:
                 self.on_refresh()
+        time.sleep(self.delay_s)
         if isinstance(fault, Fault) and fault.drop:
             handler.close_connection = True
             return

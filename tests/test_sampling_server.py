@@ -170,6 +170,14 @@ def test_each_prompt_gets_its_own_answer_and_the_longest_goes_first(tmp_path, pr
     assert len({request["seed"] for request in asked}) == len(prompts)
 
 
+def test_no_more_requests_are_in_flight_than_allowed(tmp_path, proxy):
+    trainer = Trainer(tmp_path, proxy.root, concurrency=3)
+    trainer.sync(0)
+    proxy.delay_s = 0.05
+    sample_responses(trainer.sampler, make_prompts(12), seed=0)
+    assert proxy.most_in_flight == 3
+
+
 @torch.no_grad()
 def response_probabilities(model, ids):
     """Exact probability of every response of at most two tokens."""
@@ -327,3 +335,38 @@ def test_closing_the_iterator_ends_its_thread_and_its_requests(tmp_path, proxy):
     finished.close()
     assert time.monotonic() - started < 5
     assert not [t for t in threading.enumerate() if t.name == "inverseq-server-requests"]
+
+
+class TwoRanks:
+    """What a sync needs of the ranks of a run, for two threads."""
+
+    def __init__(self):
+        self.meeting = threading.Barrier(2)
+
+    def barrier(self):
+        self.meeting.wait(timeout=60)
+
+
+def test_ranks_that_share_a_server_wait_until_it_has_the_weights(tmp_path, proxy):
+    main, other = (Trainer(tmp_path, proxy.root, weights_dir=str(tmp_path / "shared")) for _ in range(2))
+    other.sampler.is_main = False
+    main.sync(0)
+    other.freshness.sync(other.sampler, other.model, 0)
+    for trainer in (main, other):
+        trainer.change_weights()
+    proxy.on_refresh = lambda: time.sleep(1.0)
+    ranks, errors = TwoRanks(), []
+
+    def sync(trainer):
+        try:
+            trainer.freshness.sync(trainer.sampler, trainer.model, 4, ranks)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=sync, args=(trainer,)) for trainer in (main, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and proxy.num_refreshes == 2
+    assert max(trainer.freshness.row["probe_greedy_gap"] for trainer in (main, other)) < 1e-6

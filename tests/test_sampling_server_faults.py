@@ -64,6 +64,14 @@ def test_spent_retries_stop_the_run_and_name_the_server_and_the_prompts(tmp_path
     assert max(attempts.values()) == 3 and len(attempts) <= 2  # two were left, and one of them had three attempts
 
 
+def test_a_busy_server_is_given_the_time_it_asks_for(tmp_path, proxy):
+    trainer = Trainer(tmp_path, proxy.root, concurrency=1)
+    trainer.sync(1)
+    proxy.plan = {1: Fault(status=429, retry_after="0.7")}
+    sample_responses(trainer.sampler, make_prompts(1), seed=0)
+    assert len(proxy.requests) == 3 and proxy.arrived_s[2] - proxy.arrived_s[1] >= 0.7
+
+
 def test_a_refused_request_is_not_repeated(tmp_path, proxy):
     trainer = Trainer(tmp_path, proxy.root, concurrency=1)
     trainer.sync(1)
