@@ -363,18 +363,18 @@ class PromptStream:
 
 
 def repeat_prompts(prompts: Sequence[RenderedPrompt], times: int) -> list[RenderedPrompt]:
-    """Each prompt ``times`` times in a row, for as many responses; the copy k ≥ 1 of a prompt has the id ``ID#k``.
+    """All prompts, ``times`` times over, for as many responses; the copy k ≥ 1 of a prompt has the id ``ID#k``.
 
-    A prompt that stands in ``prompts`` again is numbered on, so the ids of the result are distinct.
+    A prompt that stands in ``prompts`` again is numbered on, so the ids of the result are distinct. Copies stand
+    ``len(prompts)`` apart: in other optimizer steps, and on one rank where the ranks divide the prompts evenly.
     """
     seen: Counter[str] = Counter()
     copies = []
-    for item in prompts:
-        for _ in range(times):
-            number = seen[item.prompt.id]
-            seen[item.prompt.id] += 1
-            name = f"{item.prompt.id}#{number}" if number else item.prompt.id
-            copies.append(replace(item, prompt=replace(item.prompt, id=name)))
+    for item in [*prompts] * times:
+        number = seen[item.prompt.id]
+        seen[item.prompt.id] += 1
+        name = f"{item.prompt.id}#{number}" if number else item.prompt.id
+        copies.append(replace(item, prompt=replace(item.prompt, id=name)))
     return copies
 
 

@@ -89,7 +89,7 @@ def make_sampler(
             tokenizer,
             stop_ids=stop_token_ids(model, tokenizer),
             num_valid_vocab=num_valid_vocab,
-            weights_dir=weights_dir or Path("weights"),
+            weights_dir=weights_dir,
             is_main=is_main,
         )
     return TransformersSampler(config, model, tokenizer, num_valid_vocab=num_valid_vocab)

@@ -97,7 +97,7 @@ class LmdeploySampler:
         *,
         stop_ids: tuple[int, ...],
         num_valid_vocab: int,
-        weights_dir: Path,
+        weights_dir: Path | None,
         is_main: bool = True,
         engine: Engine | None = None,
     ):
@@ -106,7 +106,10 @@ class LmdeploySampler:
         self.tokenizer = tokenizer
         self.stop_ids = tuple(i for i in stop_ids if i < num_valid_vocab)
         self.num_valid_vocab = num_valid_vocab
-        self.weights_dir = Path(config.lmdeploy.weights_dir or weights_dir).expanduser().absolute()
+        folder = config.lmdeploy.weights_dir or weights_dir
+        if folder is None:
+            raise ValueError("sampling.lmdeploy.weights_dir='': expected a folder for the weights that LMDeploy loads")
+        self.weights_dir = Path(folder).expanduser().absolute()
         self.is_main = is_main
         log_path = self.weights_dir.with_name(f"lmdeploy_rank{data_parallel_rank()}.log")
         if engine is None:

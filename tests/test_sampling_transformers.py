@@ -145,16 +145,16 @@ def test_equal_prompts_stand_together_but_no_more_than_are_decoded_at_once():
 def test_repeated_prompts_have_distinct_ids():
     first, second = make_prompt("a", [2, 3]), make_prompt("b", [4, 5])
     copies = repeat_prompts([first, second, first], 2)
-    assert [copy.prompt.id for copy in copies] == ["a", "a#1", "b", "b#1", "a#2", "a#3"]
+    assert [copy.prompt.id for copy in copies] == ["a", "b", "a#1", "a#2", "b#1", "a#3"]
     assert repeat_prompts([first, second], 1) == [first, second]
-    assert copies[1].prompt.messages == first.prompt.messages and copies[1].prompt_ids is first.prompt_ids
+    assert copies[2].prompt.messages == first.prompt.messages and copies[2].prompt_ids is first.prompt_ids
 
 
 def test_the_stream_repeats_prompts_and_counts_responses():
     renderer = ChatRenderer(make_tiny_tokenizer(), principle_text="be safe", plain_system="")
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"word {i}"},)) for i in range(4)]
     stream = PromptStream(prompts, renderer, seed=0, shuffle=False)
-    assert [item.prompt.id for item in stream.next(6, copies=3)] == ["p0", "p0#1", "p0#2", "p1", "p1#1", "p1#2"]
+    assert [item.prompt.id for item in stream.next(6, copies=3)] == ["p0", "p1", "p0#1", "p1#1", "p0#2", "p1#2"]
     assert [item.prompt.id for item in stream.next(2, copies=1)] == ["p2", "p3"]
     with pytest.raises(ValueError, match="copies=3: expected a divisor of count=4"):
         stream.next(4, copies=3)
