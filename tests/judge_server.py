@@ -14,8 +14,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-__all__ = ["CutOff", "Hang", "JudgeServer", "Raw", "Refusal", "Status", "by_length", "first_shown", "shown_answers"]
+from inverseq.evaluation.cli import main
+
+__all__ = [
+    "CutOff",
+    "Hang",
+    "JudgeServer",
+    "Raw",
+    "Refusal",
+    "Status",
+    "by_length",
+    "first_shown",
+    "judge",
+    "results",
+    "shown_answers",
+    "summary_of",
+    "write_answers",
+    "write_two_models",
+]
 
 
 @dataclass(frozen=True)
@@ -163,3 +181,36 @@ class JudgeServer:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+def write_answers(path, model, answers, category=None):
+    """A file of one model's answers (id to text); returns its name."""
+    with open(path, "w") as file:
+        for key, answer in answers.items():
+            messages = [{"role": "user", "content": f"question {key}"}]
+            row = {"id": str(key), "messages": messages, "response": answer, "model": model, "finish_reason": "stop"}
+            file.write(json.dumps(row if category is None else {**row, "category": category(key)}) + "\n")
+    return str(path)
+
+
+def write_two_models(folder):
+    """Two models' answers to 12 questions: new's are longer on the first 8."""
+    new = {key: "n" * (20 if key < 8 else 5) for key in range(12)}
+    old = {key: "o" * 10 for key in range(12)}
+    return write_answers(folder / "new.jsonl", "new", new), write_answers(folder / "old.jsonl", "old", old)
+
+
+def judge(files, url, *words, out=None):
+    """Exit status of the command; the summary is in the folder of results."""
+    options = ["--judge", "stand-in", "--base-url", url, "--yes", *words]
+    return main(["judge", "--a", files[0], "--b", files[1], *options, *(["--out", str(out)] if out else [])])
+
+
+def results(files, out=None):
+    """The folder that the command writes to."""
+    return Path(out or Path(files[0]).parent / "new-vs-old")
+
+
+def summary_of(files, out=None):
+    """What it found."""
+    return json.loads((results(files, out) / "summary.json").read_text())

@@ -1,24 +1,24 @@
-"""The judge, against a stand-in server: what is asked, what is counted, what is kept, and what it costs."""
+"""The judge, against a stand-in server: what is asked, what is counted, and what is written."""
 
 import csv
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from inverseq.evaluation.cli import main
 from inverseq.evaluation.pairwise import read_verdicts
-from tests.judge_server import CutOff, Hang, JudgeServer, Raw, Refusal, Status, by_length, first_shown, shown_answers
-
-ROOT = Path(__file__).resolve().parent.parent
-KEY = "sk-very-secret-0123456789"
+from tests.judge_server import (
+    JudgeServer,
+    by_length,
+    first_shown,
+    judge,
+    results,
+    shown_answers,
+    summary_of,
+    write_answers,
+    write_two_models,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,35 +27,9 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def write_answers(path, model, answers, category=None):
-    with open(path, "w") as file:
-        for key, answer in answers.items():
-            messages = [{"role": "user", "content": f"question {key}"}]
-            row = {"id": str(key), "messages": messages, "response": answer, "model": model, "finish_reason": "stop"}
-            file.write(json.dumps(row if category is None else {**row, "category": category(key)}) + "\n")
-    return str(path)
-
-
 @pytest.fixture
 def files(tmp_path):
-    """Two models' answers to 12 questions: new's are longer on the first 8."""
-    new = {key: "n" * (20 if key < 8 else 5) for key in range(12)}
-    old = {key: "o" * 10 for key in range(12)}
-    return write_answers(tmp_path / "new.jsonl", "new", new), write_answers(tmp_path / "old.jsonl", "old", old)
-
-
-def judge(files, url, *words, out=None):
-    """Exit status of the command; the summary is in the folder of results."""
-    options = ["--judge", "stand-in", "--base-url", url, "--yes", *words]
-    return main(["judge", "--a", files[0], "--b", files[1], *options, *(["--out", str(out)] if out else [])])
-
-
-def results(files, out=None):
-    return Path(out or Path(files[0]).parent / "new-vs-old")
-
-
-def summary_of(files, out=None):
-    return json.loads((results(files, out) / "summary.json").read_text())
+    return write_two_models(tmp_path)
 
 
 def test_both_orders_are_asked_and_the_verdict_names_the_model(files, capsys):
@@ -138,175 +112,6 @@ def test_nothing_is_asked_twice(files, tmp_path):
         assert len(server.asked) == 48 and server.bodies[-1]["max_tokens"] == 7
 
 
-def test_a_killed_run_asks_nothing_twice(files, tmp_path):
-    release = threading.Event()
-
-    def slow_after_ten(text, number):
-        if number >= 10:
-            release.wait(20)
-        return by_length(text)
-
-    words = ["judge", "--a", files[0], "--b", files[1], "--judge", "stand-in", "--yes", "--concurrency", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    with JudgeServer(slow_after_ten) as server:
-        command = [sys.executable, "-m", "inverseq.evaluation.cli", *words, "--base-url", server.url]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(server.asked) < 12 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert len(server.answered) == 10 and not results(files).exists()
-        kept = server.answered[:]
-        release.set()
-        cache = Path(files[0]).parent / "judge_cache.jsonl"
-        cache.write_bytes(cache.read_bytes() + b'{"key": "torn')  # and the kill tore a line
-        del server.asked[:]
-        assert judge(files, server.url) == 0
-    assert not set(server.asked) & set(kept) and len(server.asked) == 14
-    assert summary_of(files)["num_counted"] == 12 and summary_of(files)["win"]["value"] == pytest.approx(2 / 3)
-    with JudgeServer(by_length):
-        assert judge(files, server.url) == 0  # the cache holds all, behind the torn line too: the server is gone
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Status(429),
-        Status(429, retry_after="0.05"),
-        Status(500),
-        Status(503, body="<html>busy</html>"),
-        Hang(1.0),
-        Raw("<html>a proxy's page</html>", "text/html"),
-        Raw('{"object": "error", "message": "no choices"}'),
-        Raw('{"choices": [{"finish_reason": "stop"}]}'),
-        Raw('{"choices": []}'),
-        Raw('{"choices": [{"message": {"content": [1]}, "finish_reason": "stop"}]}'),
-        Raw('{"choices": not json'),
-        Raw('{"choices": [{"message": {"content": "[[A]]"}, "finish_reason": "stop"}]}', broken=True),
-    ],
-    ids=lambda fault: type(fault).__name__ + str(getattr(fault, "code", getattr(fault, "body", ""))),
-)
-def test_a_fault_that_passes_is_waited_out(files, fault, monkeypatch):
-    monkeypatch.setattr("inverseq.evaluation.judge_client.BACKOFF_S", 0.01)
-    failed = set()
-
-    def once_each(text, number):
-        if text in failed or len(failed) >= 4:
-            return by_length(text)
-        failed.add(text)
-        return fault
-
-    with JudgeServer(once_each) as server:
-        assert judge(files, server.url, "--timeout", "0.4") == 0
-    summary = summary_of(files)
-    assert summary["num_counted"] == 12 and summary["num_unreadable"] == summary["num_unanswered"] == 0
-    assert summary["num_requests"] == len(server.asked) == 28
-
-
-def test_a_rate_limit_holds_for_every_thread(files, monkeypatch):
-    monkeypatch.setattr("inverseq.evaluation.judge_client.BACKOFF_S", 0.01)
-    with JudgeServer(lambda text, number: Status(429, retry_after="0.6") if number == 0 else by_length(text)) as server:
-        assert judge(files, server.url, "--concurrency", "3") == 0
-    started = server.times[0]
-    early = [at - started for at in server.times[1:] if at - started < 0.55]
-    assert len(early) < 24 and max(early, default=0) < 0.3  # what was on its way, and then a pause
-    assert server.most_at_once <= 3
-
-
-def test_a_server_that_stays_down_stops_the_run_and_keeps_what_there_is(files, monkeypatch, capsys):
-    monkeypatch.setattr("inverseq.evaluation.judge_client.BACKOFF_S", 0.001)
-    with JudgeServer(lambda text, number: by_length(text) if number < 6 else Status(500)) as server:
-        assert judge(files, server.url, "--retries", "1", "--concurrency", "1") == 1
-        shown = capsys.readouterr()
-        assert "18 of 24 questions have no answer (8 questions in a row stayed unanswered" in shown.err
-        assert "the same command asks only those" in shown.err
-        assert len(server.asked) <= 6 + 2 * 10
-    assert len(read_verdicts([results(files) / "verdicts.jsonl"])) == 6
-    assert summary_of(files)["num_counted"] == 3 and summary_of(files)["num_unanswered"] == 18
-    with JudgeServer(by_length) as other:
-        server_port = other.url  # another address is another judge: the answers of the first do not count
-        assert judge(files, server_port) == 0 and len(other.asked) == 24
-
-
-def test_an_order_without_its_counterpart_is_left_out(files, monkeypatch):
-    monkeypatch.setattr("inverseq.evaluation.judge_client.BACKOFF_S", 0.001)
-    turned_down = Status(400, body='{"error": {"message": "content filter"}}')
-
-    def answer(text, number):
-        return turned_down if shown_answers(text)[0].startswith("o") and "question 3" in text else by_length(text)
-
-    with JudgeServer(answer) as server:
-        assert judge(files, server.url) == 1
-    assert len(server.asked) == 24  # 400 is not repeated
-    rows = read_verdicts([results(files) / "verdicts.jsonl"])
-    assert "3" not in {row.id for row in rows} and len(rows) == 22
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (Status(401, body=json.dumps({"error": {"message": f"bad key {KEY}"}})), "status 401"),
-        (Status(403), "status 403"),
-        (Status(404, body='{"error": {"message": "no such model"}}'), "no such model"),
-        (Status(429, body='{"error": {"message": "pay", "code": "insufficient_quota"}}'), "insufficient_quota"),
-    ],
-    ids=["401", "403", "404", "quota"],
-)
-def test_an_error_that_repeating_cannot_mend_stops_at_once(files, status, words, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with JudgeServer(lambda text, number: status) as server:
-        assert judge(files, server.url, "--concurrency", "2") == 1
-    assert len(server.asked) <= 4
-    shown = capsys.readouterr()
-    assert words in shown.err and KEY not in shown.err + shown.out
-
-
-def test_the_key_goes_into_the_header_and_nowhere_else(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    with JudgeServer(lambda text, number: f"Your key is {KEY}.\n[[A]]") as server:
-        assert judge(files, server.url, "--key-env", "JUDGE_KEY") == 0
-        assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
-        url = server.url.replace("http://", "http://user:password@") + "?key=parameter"
-        assert judge(files, url, "--key-env", "JUDGE_KEY", "--request", '{"seed": 1}') == 0
-    shown = capsys.readouterr()
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for secret in (KEY, "password", "parameter"):
-        assert secret not in shown.out + shown.err and secret.encode() not in written
-    assert b"Your key is ***." in written
-
-
-def test_without_a_key_openai_is_not_asked(files, monkeypatch, capsys):
-    words = ["judge", "--a", files[0], "--b", files[1], "--judge", "gpt-4-turbo", "--yes"]
-    assert main(words) == 2
-    assert "put it into the environment variable OPENAI_API_KEY" in capsys.readouterr().err
-    assert not results(files).exists()
-
-
-def test_refusals_and_answers_cut_off_are_no_verdicts(files, capsys):
-    def answer(text, number):
-        if "question 1\n" in text:
-            return Refusal("I cannot judge this. [[A]]")
-        return CutOff("So far [[A]]") if "question 2\n" in text else by_length(text)
-
-    with JudgeServer(answer) as server:
-        assert judge(files, server.url) == 0
-    summary = summary_of(files)
-    assert (summary["num_refused"], summary["num_cut_off"], summary["num_unreadable"]) == (2, 2, 2)
-    assert summary["num_counted"] == 10
-    raws = {row.raw for row in read_verdicts([results(files) / "verdicts.jsonl"]) if row.verdict is None}
-    assert raws == {"I cannot judge this. [[A]]", "So far [[A]]"}
-    assert "2 refusals, 2 answers cut off" in capsys.readouterr().out
-
-
-def test_a_judge_that_never_gives_a_verdict_is_an_error_and_its_words_are_kept(files, capsys):
-    with JudgeServer(lambda text, number: "Both have merits.") as server:
-        assert judge(files, server.url) == 1
-    assert "none of 24 answers of the judge holds a readable verdict" in capsys.readouterr().err
-    rows = read_verdicts([results(files) / "verdicts.jsonl"])
-    assert len(rows) == 24 and {(row.raw, row.verdict) for row in rows} == {("Both have merits.", None)}
-
-
 def test_equal_answers_are_ties_that_nobody_is_asked_about(tmp_path):
     new = write_answers(tmp_path / "new.jsonl", "new", {1: "same", 2: "longer one"})
     old = write_answers(tmp_path / "old.jsonl", "old", {1: "same", 2: "short"})
@@ -315,17 +120,6 @@ def test_equal_answers_are_ties_that_nobody_is_asked_about(tmp_path):
     assert len(server.asked) == 2
     summary = summary_of((new, old))
     assert (summary["num_equal_answers"], summary["tie"]["value"], summary["win"]["value"]) == (2, 0.5, 0.5)
-
-
-def test_the_budget_is_checked_before_and_kept_during_the_run(files, monkeypatch, capsys):
-    monkeypatch.setattr("inverseq.evaluation.judge_client.BACKOFF_S", 0.001)
-    with JudgeServer(lambda text, number: Status(500) if number % 2 else by_length(text)) as server:
-        assert judge(files, server.url, "--max-requests", "23") == 2
-        assert not server.asked and "--max-requests 23: too few for 24 requests" in capsys.readouterr().err
-        assert judge(files, server.url, "--max-requests", "24") == 1
-        assert len(server.asked) == 24 and "the budget of 24 requests is spent" in capsys.readouterr().err
-        assert judge(files, server.url, "--max-requests", "24") == 0  # the rest
-        assert judge(files, server.url, "--max-requests", "0") == 0  # all cached
 
 
 def test_nothing_is_asked_without_confirmation(files, capsys, monkeypatch):

@@ -12,8 +12,7 @@ from inverseq.evaluation.command import require_package
 from inverseq.evaluation.pairwise import combine_orders, read_verdicts
 from inverseq.evaluation.plots import draw_bars, draw_curves, draw_radar, save_plot, write_csv
 from inverseq.evaluation.readers import BEAVERTAILS_CATEGORIES
-from tests.judge_server import JudgeServer, Status, shown_answers
-from tests.test_evaluation_judge import write_answers
+from tests.judge_server import JudgeServer, Status, shown_answers, write_answers
 
 MODELS = {"sft": 0, "ppo": 2, "iq": 4}
 NAMES = [*BEAVERTAILS_CATEGORIES]
