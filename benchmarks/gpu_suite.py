@@ -4,9 +4,10 @@
     PYTHONPATH=.:kernels python benchmarks/gpu_suite.py --smoke --out DIR        # tiny; also on a CPU
 
 From a source checkout with torch >= 2.11 and triton >= 3.6; nothing needs installing. In order: smoke over every
-kernel, correctness in bf16 against float64, ``pytest -m gpu``, compute-sanitizer where it exists, timing, a short
-epoch_time.py (which needs the C++ packer). Rows are on disk as they come (DIR/gpu_suite.json); a table and plots
-follow at the end. No new shape starts once the time budget is used up. Exit status 1 when anything but a timing failed.
+kernel, correctness in bf16 against float64, ``pytest -m gpu``, compute-sanitizer where it exists, timing, the
+backends of packed attention, a short epoch_time.py (these two need the C++ packer). Rows are on disk as they come
+(DIR/gpu_suite.json); a table and plots follow at the end. No new shape starts once the time budget is used up. Exit
+status 1 when anything but a timing failed.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import gpu_suite_contenders as contenders_module  # noqa: E402
 import inverseq_kernels  # noqa: E402
 from gpu_suite_contenders import LOGPROB, LOSS, TARGET, Contender, Inputs, Shape, Truth  # noqa: E402
 from gpu_suite_report import Results, command_line  # noqa: E402
-from gpu_suite_steps import run_epoch_time, run_gpu_tests, run_sanitizer  # noqa: E402
+from gpu_suite_steps import run_attention, run_epoch_time, run_gpu_tests, run_sanitizer  # noqa: E402
 
 ALL_OPS = (LOSS, TARGET, LOGPROB)
 
@@ -119,6 +120,7 @@ def main() -> int:
                 break
             time_shape(shape, dtype, results, clock, reps=3 if arguments.smoke else 20)
         clock.reset_memory()
+        run_attention(results, arguments.out)
         run_epoch_time(results, arguments.out, tiny=arguments.smoke, limit_s=EPOCH_TIME_S)
     print(results.write_table())
     print("plots:", results.write_plots())

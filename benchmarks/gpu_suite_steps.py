@@ -1,4 +1,4 @@
-"""The steps of gpu_suite.py that are other programs: the GPU tests, compute-sanitizer and a short epoch."""
+"""The steps of gpu_suite.py that are other programs: the GPU tests, compute-sanitizer, attention, a short epoch."""
 
 import importlib.util
 import os
@@ -38,6 +38,17 @@ def run_sanitizer(results: Results, folder: pathlib.Path) -> None:
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     environment = dict(os.environ, PYTHONPATH=path, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     _run_step(results, "sanitizer", "memcheck", command, limit_s=75.0, environment=environment, timeout_fails=False)
+
+
+def run_attention(results: Results, folder: pathlib.Path) -> None:
+    """attention.py: the backends of packed attention; its rows go to FOLDER/attention.jsonl."""
+    if not torch.cuda.is_available():
+        results.add(kind="attention", op="packed attention", passed=True, detail="not run: no GPU")
+        return
+    script = str(pathlib.Path(__file__).resolve().parent / "attention.py")
+    command = [sys.executable, script, "--out", str(folder.resolve() / "attention.jsonl")]
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    _run_step(results, "attention", "packed attention", command, limit_s=90.0, environment=environment)
 
 
 def run_epoch_time(results: Results, folder: pathlib.Path, *, tiny: bool, limit_s: float) -> None:
