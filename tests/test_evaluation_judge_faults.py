@@ -118,7 +118,7 @@ def test_a_rate_limit_holds_for_every_thread(files):
 
     with JudgeServer(limit_first) as server:
         assert judge(files, server.url, "--concurrency", "3") == 0
-    assert sum(at - server.times[0] < 1.4 for at in server.times) == 3
+    assert sum(at - server.times[0] < 1.4 for at in server.times) <= 3
     assert len(server.asked) == 25 and server.most_at_once <= 3
 
 
