@@ -148,6 +148,8 @@ def init_ranks(config: Config) -> Ranks:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
+        if rank == 0:
+            logger.warning("several processes on GPUs: never verified (see README, Verified on)")
     timeout = timedelta(minutes=int(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_MINUTES))
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -240,7 +242,7 @@ class FailureWatch:
                     continue
                 self.failure = self._understood(self.store.get(FAILURE_KEY).decode())
             except dist.DistError:
-                self.failure = RankFailed(0, "its process has gone")
+                self.failure = RankFailed(0, "its process or its launcher's has gone")
             break
         if self.failure is None or self.over.is_set():
             return
