@@ -3,7 +3,7 @@
     PYTHONPATH=.:kernels python benchmarks/convergence.py --hh DIR [--runs runs/convergence]
         [--out benchmarks/results/convergence.jsonl] [--set key=value …] [--alphas 1.0 … 1.5] [--seeds 0 1 2]
 
-DIR holds Anthropic-HH files harmless-base/{train,test}.jsonl.gz and helpful-base/… (pairs of chosen and rejected).
+DIR holds Anthropic-HH files harmless-base/{train,test}.jsonl.gz (pairs of chosen and rejected).
 A run for each α with the first seed, and for α = 1.4 with every seed; finished runs are kept and stopped ones resumed.
 Every epoch of every run is a row: the held-out mean (log π̂ − log π_θ)² relative to epoch 0 (its own target: not
 comparable across α), and what is: mean log π_w − log π_l of the epoch's samples under the frozen model, their
@@ -64,18 +64,17 @@ class RewardProxy:
 
 
 def read_pairs(folder: Path, split: str) -> list[tuple[str, str]]:
-    """(chosen, rejected) final answers of both subsets."""
+    """(chosen, rejected) final answers of the harmless subset; the helpful one prefers what this one rejects."""
+    path = folder / "harmless-base" / f"{split}.jsonl.gz"
+    if not path.is_file():
+        raise SystemExit(f"--hh {folder}: {path} does not exist")
     pairs = []
-    for subset in ("harmless-base", "helpful-base"):
-        path = folder / subset / f"{split}.jsonl.gz"
-        if not path.is_file():
-            raise SystemExit(f"--hh {folder}: {path} does not exist")
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                chosen, rejected = (row[key].rpartition("Assistant:")[2].strip() for key in ("chosen", "rejected"))
-                if chosen and rejected and chosen != rejected:
-                    pairs.append((chosen, rejected))
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            chosen, rejected = (row[key].rpartition("Assistant:")[2].strip() for key in ("chosen", "rejected"))
+            if chosen and rejected and chosen != rejected:
+                pairs.append((chosen, rejected))
     return pairs
 
 
@@ -154,7 +153,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--hh", required=True, type=Path, help="folder with harmless-base/ and helpful-base/")
+    parser.add_argument("--hh", required=True, type=Path, help="folder with harmless-base/")
     parser.add_argument("--runs", default="runs/convergence")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/convergence.jsonl"))
     parser.add_argument("--alphas", type=float, nargs="+", default=list(ALPHAS))
