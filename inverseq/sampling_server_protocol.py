@@ -172,12 +172,14 @@ class CompletionsProtocol:
         if self.tokenizer.decode(ids, skip_special_tokens=True) != text or REPLACEMENT in text:
             raise BadAnswer("its text does not tokenise to ids of that text")
         count = getattr(usage, "completion_tokens", None)
-        missing = None if count is None else count - len(ids)
+        if count is None:
+            raise UnfitServer(f"{self.config.url}: answers hold neither token ids nor their number (usage)")
+        missing = count - len(ids)
         counts_stop = self.config.dialect in COUNTS_STOP_TOKEN
         if reason == "length" and counts_stop and missing == 1 and self.silent_ids <= {*self.stop_ids}:
             return ids, "stop"  # the last of the tokens asked for was the stop token
         expected = (0,) if reason == "length" else (1,) if counts_stop else (0, 1)
-        if missing is not None and missing not in expected:
+        if missing not in expected:
             raise BadAnswer(f"its text tokenises to {len(ids)} tokens, the server counted {count}")
         return ids, reason
 

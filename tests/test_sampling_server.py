@@ -91,7 +91,6 @@ def test_a_text_prompt_is_one_that_tokenises_to_the_prompts_ids():
         (completion(token_ids=[5, 6, 7, 8], finish_reason="length"), [5, 6, 7, 8], "length"),
         (completion(token_ids=[5, 6, 7, EOS], finish_reason="length"), [5, 6, 7, EOS], "stop"),
         (completion(text="w0 w1", count=3), [5, 6, EOS], "stop"),
-        (completion(text="w0 w1"), [5, 6, EOS], "stop"),
         (completion(text="", count=1), [EOS], "stop"),
         (completion(text="w0 w1 w2 w3", count=4, finish_reason="length"), [5, 6, 7, 8], "length"),
     ],
@@ -132,6 +131,16 @@ def test_an_answer_that_ends_with_the_last_token_asked_for_counts_as_ended():
 def test_an_answer_that_must_not_be_trained_on_is_refused(answer, message):
     with pytest.raises(BadAnswer, match=message):
         protocol().read(answer, 4)
+
+
+def test_a_text_without_a_count_of_its_tokens_is_refused():
+    with pytest.raises(UnfitServer, match="neither token ids nor their number"):
+        protocol().read(completion(text="w0 w1"), 4)
+
+
+def test_a_server_may_leave_the_stop_token_out_of_its_count_if_its_dialect_is_unknown():
+    answer = completion(text="w0 w1", count=2)
+    assert protocol("openai").read(answer, 4).token_ids.tolist() == [5, 6, EOS]
 
 
 def test_text_answers_are_refused_where_two_words_have_one_text():

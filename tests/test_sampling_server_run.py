@@ -141,13 +141,25 @@ def test_the_next_epoch_may_be_sampled_while_this_one_trains(inputs, tmp_path, p
     assert steps == [0, 0, 2]
     assert [row["weights_lag_steps"] for row in rows(run_dir, "epoch")] == [0, 0, 2, 2]
     assert arrived[0] > 0 and arrived[2] > 0 and arrived[4] == 0  # nothing is drawn behind the last epoch
-    other = train(load_config("demo", overrides(inputs, tmp_path / "other", proxy)))
-    for epoch in (1, 2):
+    other = train(load_config("demo", overrides(inputs, tmp_path / "other", proxy, "epochs=3")))
+    for epoch in (1, 2, 3):
         ours, theirs = (
             [s.rendered.prompt.id for s in read_samples(path / "samples" / f"epoch_{epoch:04d}.jsonl").samples]
             for path in (run_dir, other)
         )
         assert ours == theirs
+
+
+def test_an_error_in_training_ends_the_sampling_of_the_next_epoch(inputs, tmp_path, proxy, monkeypatch):
+    def fail(self, step):
+        raise ArithmeticError("the planted failure")
+
+    monkeypatch.setattr(TorchEngine, "train_step", fail)
+    proxy.rewrite = lambda request: time.sleep(4.0 if len(proxy.requests) > 2 + 4 + 8 + 1 else 0.0)
+    more = ("sampling.ahead=true", "sampling.server.concurrency=1")
+    with pytest.raises(ArithmeticError, match="planted"):
+        train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, *more)))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inverseq")]
 
 
 def test_a_server_that_fails_ahead_stops_the_run_behind_the_checkpoint(inputs, tmp_path, proxy):
