@@ -124,7 +124,8 @@ def test_the_prompting_baseline_reads_the_principle_and_its_rows_do_not_show_it(
     assert generate(model, prompts, prompted, "--limit", "2", "--principle", "default") == 0
     principle = load_principle("default")
     assert [principle in text for text in read] == [False, False, True, True]
-    assert "question 1" in read[3]
+    chosen = [row["messages"][0]["content"] for row in rows_of(plain)]
+    assert chosen == [row["messages"][0]["content"] for row in rows_of(prompted)] and chosen[1] in read[3]
     pairs = pair_up(read_responses(prompted, empty="keep"), read_responses(plain, empty="keep"))
     assert len(pairs) == 2 and principle not in prompted.read_text()
     assert {row["model"] for row in rows_of(prompted)} == {"tiny + principle"}

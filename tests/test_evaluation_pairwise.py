@@ -112,6 +112,13 @@ def test_bootstrap_intervals_hold_the_truth_about_as_often_as_they_say():
     assert all(0.89 <= number / count <= 0.99 for number in covered.values()), covered
 
 
+def test_an_interval_is_as_wide_as_theory_says():
+    summary = summarize(matches_of([("a", "a")] * 500 + [("b", "b")] * 300 + [("a", "b")] * 200))
+    for key, deviation in (("win", 0.5), ("lose", 0.21**0.5), ("win_minus_lose", (0.8 - 0.2**2) ** 0.5)):
+        width = summary[key]["high"] - summary[key]["low"]
+        assert width == pytest.approx(2 * 1.96 * deviation / 1000**0.5, rel=0.06)
+
+
 @pytest.mark.parametrize("outcome", ["a", "b", "tie"])
 def test_matches_that_all_end_alike_leave_room_for_what_was_not_seen(outcome):
     summary = summarize(matches_of([(outcome, outcome)] * 6), [1, -1, 2, -2, 3, -3])

@@ -93,6 +93,7 @@ def test_a_tournament_that_is_cut_short_keeps_its_verdicts(files, tmp_path, caps
     assert len(read_verdicts([tmp_path / "out" / "verdicts.jsonl"])) == 60
     bad = [
         (["--anchor", "who"], "--anchor who: expected one of sft, ppo, iq"),
+        (["--k", "0"], "k=0.0"),
         (["--matches", "some"], "--matches some: expected all or a positive number"),
         (["--matches", "3", "--max-requests", "1"], "too few for one match"),
     ]

@@ -78,6 +78,11 @@ def test_answers_are_shown_in_the_order_asked_for_and_their_text_is_left_alone()
     assert "user: Say {answer_a} and {mark}" in render_comparison(template, pair, "ab")
 
 
+def test_half_a_surrogate_pair_is_replaced_because_no_server_takes_it():
+    text = render_comparison("{conversation}{answer_a}{answer_b}", make_pair("a\ud83d", "\U0001f600"), "ab")
+    assert text.endswith("a\ufffd\U0001f600") and text.encode()
+
+
 def test_the_mark_around_the_material_depends_on_the_material():
     template = "{conversation}|{answer_a}|{answer_b}|{mark}"
     marks = {

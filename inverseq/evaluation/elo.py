@@ -66,6 +66,12 @@ def add_elo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigma", type=float, default=SIGMA, help="σ of the curve's Gaussian, in matches (10)")
 
 
+def check_elo_settings(k: float, num_orders: int, sigma: float) -> None:
+    """Raise ValueError for numbers that online Elo cannot use."""
+    if not (k > 0 and num_orders > 0 and sigma >= 0 and math.isfinite(k) and math.isfinite(sigma)):
+        raise ValueError(f"k={k}, num_orders={num_orders}, sigma={sigma}: expected positive numbers (sigma may be 0)")
+
+
 def run(args: argparse.Namespace) -> Outcome:
     """Rate the models of the verdict files; write ratings and curve."""
     matches = combine_orders(read_verdicts(args.verdicts))
@@ -133,8 +139,7 @@ def online_elo(
     After a match in which i scored s against j: r_i += k (s − 1 / (1 + 10^((r_j − r_i) / 400))), and j loses as much.
     Raises ValueError for an unknown anchor and for k, num_orders or sigma that are not positive (sigma may be 0).
     """
-    if not (k > 0 and num_orders > 0 and sigma >= 0 and math.isfinite(k) and math.isfinite(sigma)):
-        raise ValueError(f"k={k}, num_orders={num_orders}, sigma={sigma}: expected positive numbers (sigma may be 0)")
+    check_elo_settings(k, num_orders, sigma)
     counted = [match for match in matches if match.score is not None]
     models = tuple(dict.fromkeys(name for match in counted for name in (match.a, match.b)))
     if anchor not in models:

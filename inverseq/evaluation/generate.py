@@ -60,7 +60,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--principle", metavar="NAME_OR_FILE", help="let the model read a principle: the prompting baseline"
     )
-    parser.add_argument("--limit", type=int, default=0, help="answer the first so many prompts only")
+    parser.add_argument("--limit", type=int, default=0, help="answer a fixed random so many of the prompts")
     parser.add_argument(
         "--config", metavar="FILE", help="take sampling, chat template and system text from RUN/config.yaml"
     )
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> Outcome:
     config = load_config(args.config or DEFAULTS, overrides)
     questions, report = read_questions(args.prompts)
     logger.info("%s", report)
-    questions = questions[: args.limit] if args.limit else questions
+    questions = some_of(questions, args.limit)
     name = args.name or default_name(args.model) + (" + principle" if args.principle else "")
     data = generate(config, questions, out, name=name, with_principle=bool(args.principle))
     text = f"{out}: {data['num_responses']} answers of {name}, {data['num_truncated']} of them cut at the limit"
@@ -92,6 +92,15 @@ def run(args: argparse.Namespace) -> Outcome:
     if data["num_empty"]:
         text += f"; {data['num_empty']} answers are empty"
     return Outcome(data, text)
+
+
+def some_of(questions: list[Question], limit: int) -> list[Question]:
+    """All questions, or ``limit`` of them in their order, the same for every model: they depend on the ids alone."""
+    if not 0 < limit < len(questions):
+        return questions
+    chosen = sorted(questions, key=lambda question: hashlib.sha256(question.prompt.id.encode()).digest())[:limit]
+    kept = {question.prompt.id for question in chosen}
+    return [question for question in questions if question.prompt.id in kept]
 
 
 def default_name(model: str) -> str:

@@ -81,9 +81,6 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:6.1%}  [{self.low:.1%}, {self.high:.1%}]"
-
 
 def read_verdicts(paths: Iterable[Path | str]) -> list[Verdict]:
     """Rows of verdict files; ValueError naming file and line for a row that is not a verdict."""

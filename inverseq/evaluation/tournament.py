@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import Outcome, write_outcome
-from .elo import add_elo_arguments, describe_ratings, save_ratings
+from .elo import add_elo_arguments, check_elo_settings, describe_ratings, save_ratings
 from .judge import (
     Comparison,
     add_judge_arguments,
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> Outcome:
     files = [read_responses(path, empty=args.empty) for path in args.responses]
     comparisons = draw_matches(files, args)
     check_anchor(args.anchor, files)
+    check_elo_settings(args.k, args.num_orders, args.sigma)
     out = Path(args.out).expanduser()
     judged = judge_comparisons(comparisons, settings, template, args, out)
     save_verdicts(out, judged)

@@ -64,7 +64,8 @@ def render_comparison(template: str, pair: Pair, order: str) -> str:
     shown = (pair.response_a, pair.response_b) if order == "ab" else (pair.response_b, pair.response_a)
     digest = hashlib.sha256("\0".join((conversation, *shown)).encode("utf-8", "surrogatepass")).hexdigest()
     values = dict(zip(PLACEHOLDERS, (conversation, *shown, digest[:8]), strict=True))
-    return re.sub(r"\{(" + "|".join(PLACEHOLDERS) + r")\}", lambda match: values[match[1]], template)
+    text = re.sub(r"\{(" + "|".join(PLACEHOLDERS) + r")\}", lambda match: values[match[1]], template)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair cannot be sent
 
 
 def parse_verdict(raw: str, answers: Sequence[str] = ()) -> str | None:
