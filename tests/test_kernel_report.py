@@ -75,6 +75,17 @@ def test_every_kernel_compiles_for_both_chips_within_the_limits(report):
         assert not row["is_gemm"] or row[{80: "HMMA", 90: "HGMMA"}[row["sm"]]] > 0
 
 
+def test_tiles_for_short_widths_leave_room_for_a_second_program(report):
+    """What they are chosen for: its products run while the first one's rows are worked on."""
+    short = [row for row in report[1] if "short" in row["case"] and "ragged" not in row["case"]]
+    assert {(row["sm"], row["kernel"].removesuffix("_kernel")) for row in short} == {
+        (sm, kernel) for sm in (80, 90) for kernel in ("exponential", "statistics", "gradient")
+    }
+    for row in short:
+        assert 2 * 32 * row["warps"] * row["registers"] <= 65536
+        assert 2 * row["shared"] <= {80: 163, 90: 227}[row["sm"]] * 1024
+
+
 def test_every_kernel_that_an_operation_launches_is_in_the_table(report, monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("launches are recorded in the interpreter")

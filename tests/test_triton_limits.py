@@ -15,7 +15,9 @@ from inverseq_kernels import (  # noqa: E402
 from inverseq_kernels.triton_blocks import (  # noqa: E402
     CONTRAST,
     CONTRAST_PAIR,
+    EXPONENTIAL,
     GRADIENT,
+    STATISTICS,
     STATISTICS_RICH,
     choose_blocks,
     choose_loss_blocks,
@@ -150,6 +152,23 @@ def test_the_gradient_of_an_fp32_weight_beside_half_precision_is_not_rounded_to_
             assert (actual != actual.to(dtype).float()).float().mean() > 0.5, name
             error = (actual - expected).norm() / expected.norm()
             assert error < {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype], (name, error)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_short_widths_take_tiles_of_half_the_words_with_equal_results(capability):
+    for op in (EXPONENTIAL, GRADIENT, STATISTICS):
+        narrow, wide = (choose_blocks(op, capability, torch.bfloat16, dim=dim) for dim in (1024, 1025))
+        assert (narrow.words, wide.words) == (128, 256)
+    assert choose_loss_blocks(capability, torch.bfloat16, True, False, 576).words == 128
+    inputs, ones = make_inputs(40), torch.ones(40)
+    results = [
+        triton_loss.squared_log_ratio_forward(
+            *inputs, -3 * ones, ones, torch.tensor(1.0), needs=(True, True, False), blocks=blocks, **SETTINGS
+        )[:4]
+        for blocks in (choose_loss_blocks(capability, torch.bfloat16, True, False, dim) for dim in (1024, 1025))
+    ]
+    for narrow, wide in zip(*results, strict=True):
+        torch.testing.assert_close(narrow, wide)
 
 
 @pytest.mark.parametrize("op", [CONTRAST, CONTRAST_PAIR, GRADIENT, STATISTICS_RICH])

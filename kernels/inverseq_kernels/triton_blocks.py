@@ -16,6 +16,10 @@ STATISTICS_RICH, GRADIENT_RICH = "statistics_rich", "gradient_rich"
 # The loss's exponentials of one head.
 EXPONENTIAL = "exponential"
 TWO_TILES = frozenset({CONTRAST_PAIR, STATISTICS_RICH, GRADIENT_RICH})
+# Up to this width the row work of a tile is a large part of its time: tiles of half the words, so that two programs
+# share a multiprocessor and one multiplies while the other works on its rows. By offline counts, not by a GPU.
+SHORT_DIM = 1024
+PAIRED = frozenset({STATISTICS, GRADIENT, EXPONENTIAL})
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def is_hopper_like(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = True) -> Blocks:
+def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = True, dim: int = 4096) -> Blocks:
     """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter.
 
     ``aligned`` is ``is_aligned`` of the matrices; without it neither TMA nor asynchronous copies can load a
@@ -50,6 +54,9 @@ def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = 
         return Blocks(64, 32 if narrow else 64, 32, num_warps=4, num_stages=2)
     if not aligned:
         return Blocks(64, 64, 32, num_warps=4, num_stages=2)
+    if op in PAIRED and dim <= SHORT_DIM:
+        is_hopper = is_hopper_like(capability)
+        return Blocks(128, 128, 64 if is_hopper else 32, num_warps=8, num_stages=3, tma=is_hopper)
     if not is_hopper_like(capability):
         if op == CONTRAST_PAIR:
             return Blocks(128, 64, 64, num_warps=4, num_stages=3)
@@ -60,12 +67,14 @@ def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = 
     return Blocks(128, 256, 64, num_warps=8, num_stages=3 if op == CONTRAST else 4, tma=True)
 
 
-def choose_loss_blocks(capability: int, dtype: torch.dtype, aligned: bool, has_softcap: bool) -> Blocks:
+def choose_loss_blocks(
+    capability: int, dtype: torch.dtype, aligned: bool, has_softcap: bool, dim: int = 4096
+) -> Blocks:
     """Tile sizes of ``exponential_kernel``: with a softcap's derivative, tiles of 256 words spill registers."""
     if has_softcap and aligned and capability > 0 and dtype != torch.float32:
         is_hopper = is_hopper_like(capability)
         return Blocks(128, 128, 64 if is_hopper else 32, num_warps=8, num_stages=3, tma=is_hopper)
-    return choose_blocks(EXPONENTIAL, capability, dtype, aligned)
+    return choose_blocks(EXPONENTIAL, capability, dtype, aligned, dim)
 
 
 def capability_of(tensor: Tensor) -> int:

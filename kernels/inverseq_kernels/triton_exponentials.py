@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from inverseq_kernels.triton_blocks import choose_loss_blocks
+from inverseq_kernels.triton_blocks import SHORT_DIM, choose_loss_blocks
 from inverseq_kernels.triton_common import (
     EMPTY_MAX,
     LOG2_E,
@@ -107,11 +107,15 @@ def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
         for aligned in (True, False):
             for bias, softcap in ((False, False), (True, False), (True, True)):
                 cases.append(_exponential_case(capability, dtype, aligned=aligned, bias=bias, softcap=softcap))
+        for bias in (False, True) if dtype != "fp32" else ():
+            cases.append(_exponential_case(capability, dtype, aligned=True, bias=bias, softcap=False, dim=SHORT_DIM))
     return cases
 
 
-def _exponential_case(capability: int, dtype: str, *, aligned: bool, bias: bool, softcap: bool) -> CompileCase:
-    blocks = choose_loss_blocks(capability, DTYPES[dtype], aligned, softcap)
+def _exponential_case(
+    capability: int, dtype: str, *, aligned: bool, bias: bool, softcap: bool, dim: int = 4096
+) -> CompileCase:
+    blocks = choose_loss_blocks(capability, DTYPES[dtype], aligned, softcap, dim)
     tma = blocks.tma and aligned
     pointers = {name: "*fp32" for name in ("maxima", "totals", "labels")}
     pointers |= {"token_ids": "*i64", "exponentials": f"*{dtype}"}
@@ -135,7 +139,8 @@ def _exponential_case(capability: int, dtype: str, *, aligned: bool, bias: bool,
     source = "tma" if tma else "aligned" if aligned else "unaligned"
     return compile_case(
         exponential_kernel,
-        f"exponential {dtype} {source}{' ragged bias' if bias else ''}{' softcap' if softcap else ''}",
+        f"exponential {dtype} {source}{' ragged bias' if bias else ''}{' softcap' if softcap else ''}"
+        f"{' short' if dim <= SHORT_DIM else ''}",
         pointers=pointers,
         floats=("softcap", "temperature", "inverse_temperature"),
         constexprs=constexprs,

@@ -14,6 +14,7 @@ import triton.language as tl
 from inverseq_kernels.triton_blocks import (
     GRADIENT,
     GRADIENT_RICH,
+    SHORT_DIM,
     STATISTICS,
     STATISTICS_RICH,
     choose_blocks,
@@ -167,6 +168,9 @@ def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
             for op in (STATISTICS, GRADIENT):
                 cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned))
                 cases.append(_case(op, dtype, capability, aligned=aligned, bias=True))
+                if aligned and dtype != "fp32":
+                    cases.append(_case(op, dtype, capability, aligned=True, even=True, dim=SHORT_DIM))
+                    cases.append(_case(op, dtype, capability, aligned=True, bias=True, dim=SHORT_DIM))
             for op in (STATISTICS_RICH, GRADIENT_RICH):
                 cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, softcap=True))
                 cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, entropy=True))
@@ -186,9 +190,10 @@ def _case(
     bias: bool = False,
     softcap: bool = False,
     entropy: bool = False,
+    dim: int = 4096,
 ) -> CompileCase:
     """One kernel with a choice of features; ``even``: the width is a multiple of the block."""
-    blocks = choose_blocks(op, capability, DTYPES[dtype], aligned)
+    blocks = choose_blocks(op, capability, DTYPES[dtype], aligned, dim)
     tma = blocks.tma and aligned
     if op in (STATISTICS, STATISTICS_RICH):
         kernel, flag, optional = statistics_kernel, "HAS_MOMENT", ("moments",)
@@ -215,7 +220,7 @@ def _case(
             pointers[name] = f"*{dtype}" if name == "bias" else "*fp32"
         else:
             constexprs[name] = None
-    wanted = {"bias": bias, "softcap": softcap, "entropy": entropy, "ragged": not even}
+    wanted = {"bias": bias, "softcap": softcap, "entropy": entropy, "ragged": not even, "short": dim <= SHORT_DIM}
     features = "".join(f" {name}" for name, value in wanted.items() if value)
     source = "tma" if tma else "aligned" if aligned else "unaligned"
     return compile_case(

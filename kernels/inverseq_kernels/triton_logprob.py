@@ -77,7 +77,8 @@ def logprob_forward(
     weight, bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
         op = STATISTICS_RICH if want_entropy or softcap is not None else STATISTICS
-        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, weight))
+        aligned = is_aligned(hidden, weight)
+        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, aligned, hidden.shape[1])
     if num_rows > 0 and num_valid_vocab > 0:
         with on_device(hidden):
             head = (hidden, weight, bias)
@@ -181,7 +182,8 @@ def logprob_backward(
     valid, read_bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
         op = GRADIENT_RICH if grad_entropy is not None or softcap is not None else GRADIENT
-        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, is_aligned(hidden, valid))
+        aligned = is_aligned(hidden, valid)
+        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, aligned, hidden.shape[1])
     pitch = triton.cdiv(num_valid_vocab, PITCH_WORDS) * PITCH_WORDS
     chunk = _chunk_rows(hidden, pitch, needs[1], workspace_bytes, blocks)
     grads, undo_scale = _scaled_gradients(grad_logprobs, grad_entropy, token_ids, hidden.dtype)

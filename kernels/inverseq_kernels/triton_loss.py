@@ -120,7 +120,7 @@ def squared_log_ratio_forward(
     valid, read_bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
     if blocks is None:
         aligned = is_aligned(hidden, valid)
-        blocks = choose_loss_blocks(capability_of(hidden), hidden.dtype, aligned, softcap is not None)
+        blocks = choose_loss_blocks(capability_of(hidden), hidden.dtype, aligned, softcap is not None, hidden.shape[1])
     row_bytes = hidden.shape[1] * hidden.element_size() if needs[1] and not needs[0] else 0
     plan = plan_chunks(hidden.shape[0], num_valid_vocab, row_bytes, hidden.dtype, blocks, workspace_bytes)
     logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)

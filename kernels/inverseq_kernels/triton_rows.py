@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from inverseq_kernels.triton_blocks import Blocks, choose_loss_blocks
+from inverseq_kernels.triton_blocks import SHORT_DIM, Blocks, choose_loss_blocks
 from inverseq_kernels.triton_common import EMPTY_MAX, LOG2_E
 from inverseq_kernels.triton_compile import DTYPES, CompileCase, compile_case
 
@@ -204,7 +204,7 @@ def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     row_blocks, cases = choose_row_blocks(capability), []
     for dtype in dtypes:
         # The one number that the row kernels take from a tile of the GEMM is its words.
-        choices = itertools.product((True, False), repeat=2)
+        choices = itertools.product((True, False), (True, False), (SHORT_DIM, SHORT_DIM + 1))
         tiles = {choose_loss_blocks(capability, DTYPES[dtype], *choice).words for choice in choices}
         cases += [_logit_gradient_case(dtype, words, row_blocks) for words in sorted(tiles)]
         cases += _row_cases(dtype, row_blocks)
