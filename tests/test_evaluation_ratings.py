@@ -185,6 +185,13 @@ def test_the_command_writes_both_ratings_and_the_curve_with_its_data(tmp_path, c
         assert row["bradley_terry"] == pytest.approx(expected[row["model"]].rating)
         assert row["num_matches"] == expected[row["model"]].num_matches
     with (tmp_path / "out" / "elo_ratings.csv").open() as file:
+        points = list(csv.DictReader(file))
+    for point, row in zip(points, data["ratings"], strict=True):
+        assert point["model"] == row["model"]
+        assert [float(point[key]) for key in ("rating", "low", "high")] == [
+            row[key] for key in ("bradley_terry", "low", "high")
+        ]
+    with (tmp_path / "out" / "elo_online.csv").open() as file:
         rows = list(csv.DictReader(file))
     last = {row["series"]: row for row in rows}
     assert list(last) == [row["model"] for row in data["ratings"]]
@@ -192,6 +199,7 @@ def test_the_command_writes_both_ratings_and_the_curve_with_its_data(tmp_path, c
         assert float(last[row["model"]]["unsmoothed"]) == pytest.approx(row["online_elo"])
     assert {float(row["rating"]) for row in rows if row["series"] == "m0"} == {1000.0}
     assert len(rows) == 5 * (len(matches) + 1)
-    assert (tmp_path / "out" / "elo_ratings.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("elo_ratings.png", "elo_online.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert main(["elo", str(first), "--anchor", "nobody"]) == 2
     assert "anchor 'nobody': expected one of the models" in capsys.readouterr().err

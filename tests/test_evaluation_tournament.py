@@ -10,7 +10,7 @@ from inverseq.evaluation.bradley_terry import rate
 from inverseq.evaluation.cli import main
 from inverseq.evaluation.command import require_package
 from inverseq.evaluation.pairwise import combine_orders, read_verdicts
-from inverseq.evaluation.plots import draw_bars, draw_curves, draw_radar, save_plot, write_csv
+from inverseq.evaluation.plots import draw_bars, draw_curves, draw_radar, draw_ratings, save_plot, write_csv
 from inverseq.evaluation.readers import BEAVERTAILS_CATEGORIES
 from tests.judge_server import JudgeServer, Status, shown_answers, write_answers
 
@@ -64,7 +64,7 @@ def test_all_pairs_meet_and_are_rated(files, tmp_path, capsys):
     with (tmp_path / "out" / "win_rate.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["win"]) for row in rows] == [pair["win"]["value"] for pair in data["pairs"]]
-    assert (tmp_path / "out" / "elo_ratings.csv").exists()
+    assert (tmp_path / "out" / "elo_ratings.csv").exists() and (tmp_path / "out" / "elo_online.csv").exists()
 
 
 def test_random_matches_are_seeded_even_and_within_the_budget(files, tmp_path):
@@ -171,6 +171,12 @@ def test_pictures_show_the_rows_that_stand_beside_them(tmp_path):
     ring, polygon = figures["radar"].axes[0].lines
     assert set(ring.get_ydata()) == {0.5} and ring.get_label() == "base"
     assert list(polygon.get_ydata()) == [0.2, 0.9, 0.4, 0.2]
+
+    ratings = [{"model": "m", "rating": 1010.0, "low": 990.0, "high": 1050.0}]
+    ratings += [{"model": "anchor", "rating": 1000.0, "low": None, "high": None}]
+    save_plot(tmp_path / "ratings.png", ratings, keeping("ratings", lambda f, rows: draw_ratings(f, rows, "rating")))
+    bars = [container.lines[2][0].get_segments()[0] for container in figures["ratings"].axes[0].containers]
+    assert [[x for x, _ in bar] for bar in bars] == [[990, 1050], [1000, 1000]]
 
     curve = [{"series": "s", "x": i, "y": y, "y_low": y - 1, "y_high": y + 1} for i, y in enumerate([1.0, 3.0, 2.0])]
     save_plot(tmp_path / "curve.png", curve, keeping("curve", draw_curves("x", "y")))

@@ -5,7 +5,8 @@ the matches, so it is averaged over many seeded orders; its curve is that mean, 
 Both are anchored: the anchor keeps its rating, at every point of the curve.
 
     OUT/elo.json         both ratings of each model
-    OUT/elo_ratings.png  the mean online ratings after each match, with elo_ratings.csv beside it
+    OUT/elo_ratings.png  Bradley–Terry ratings with their intervals, with elo_ratings.csv beside it
+    OUT/elo_online.png   the mean online ratings after each match, with elo_online.csv beside it
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from .bradley_terry import Rating, rate
 from .command import Outcome, require_package, write_outcome
 from .pairwise import Match, combine_orders, read_verdicts
-from .plots import draw_curves, save_plot
+from .plots import draw_curves, draw_ratings, save_plot
 
 __all__ = ["EloCurves", "add_parser", "describe_ratings", "online_elo", "run", "save_ratings"]
 
@@ -96,8 +97,14 @@ def save_ratings(out: Path, matches: Sequence[Match], args: argparse.Namespace) 
     )
     data = ratings_data(ratings, curves, anchor, matches)
     rows = curve_rows(curves, [rating.model for rating in ratings])
-    draw = draw_curves("match", "rating", x_label="matches", y_label=f"online Elo, {anchor} = {args.anchor_rating:g}")
-    return data, [write_outcome(out / "elo.json", data), *save_plot(out / "elo_ratings.png", rows, draw)]
+    scale = f"{anchor} = {args.anchor_rating:g}"
+    draw = draw_curves("match", "rating", x_label="matches", y_label=f"online Elo, {scale}")
+    files = [write_outcome(out / "elo.json", data)]
+    points = [{"model": row["model"], "rating": row["bradley_terry"], **row} for row in data["ratings"]]
+    files += save_plot(
+        out / "elo_ratings.png", points, lambda figure, shown: draw_ratings(figure, shown, f"Bradley–Terry, {scale}")
+    )
+    return data, files + save_plot(out / "elo_online.png", rows, draw)
 
 
 def ratings_data(ratings: Sequence[Rating], curves: EloCurves, anchor: str, matches: Sequence[Match]) -> dict[str, Any]:

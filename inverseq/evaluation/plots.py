@@ -1,7 +1,7 @@
 """Plots with their data beside them: every PNG has a CSV of the same name, and the picture is drawn from its rows.
 
-Bars of win, tie and lose; a radar of categories; curves with a band. Drawn by matplotlib without a display; colours
-are Okabe and Ito's, which people with any colour vision tell apart.
+Bars of win, tie and lose; ratings with their intervals; a radar of categories; curves with a band. Drawn by matplotlib
+without a display; colours are Okabe and Ito's, which people with any colour vision tell apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .command import require_package
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "Row", "draw_bars", "draw_curves", "draw_radar", "save_plot", "write_csv"]
+__all__ = ["COLORS", "Row", "draw_bars", "draw_curves", "draw_radar", "draw_ratings", "save_plot", "write_csv"]
 
 Row = dict[str, Any]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -122,6 +122,23 @@ def draw_radar(figure: Figure, rows: Sequence[Row], baseline: str = "") -> None:
         label.set_verticalalignment("center" if abs(height) < 0.5 else "bottom" if height > 0 else "top")
     axes.tick_params(axis="x", pad=4)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+
+
+def draw_ratings(figure: Figure, rows: Sequence[Row], x_label: str) -> None:
+    """Points with error bars of rows {model, rating, low, high}; a bound that is None is not drawn."""
+    figure.set_size_inches(8, 1.2 + 0.4 * len(rows))
+    axes = figure.add_subplot()
+    for position, row in enumerate(rows):
+        error = [[0.0 if row[end] is None else abs(row["rating"] - row[end])] for end in ("low", "high")]
+        axes.errorbar(row["rating"], position, xerr=error, fmt="o", color=COLORS[0], capsize=4)
+        axes.annotate(
+            f"{row['rating']:.0f}", (row["rating"], position), (0, 7), textcoords="offset points", ha="center"
+        )
+    axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_xlabel(f"{x_label}, with 95 % intervals")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_curves(x: str, y: str, *, x_label: str = "", y_label: str = "") -> Callable[[Figure, Sequence[Row]], None]:
