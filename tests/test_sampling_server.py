@@ -19,6 +19,7 @@ from inverseq.freshness import StaleWeightsError
 from inverseq.sampling import sample_responses
 from inverseq.sampling_server_client import check_server, pause_s
 from inverseq.sampling_server_protocol import BadAnswer, CompletionsProtocol, UnfitServer
+from inverseq.sampling_server_weights import says_failure
 from tests.fault_proxy import Fault, FaultProxy
 from tests.server_sampler import Trainer, make_prompts
 from tests.serving import free_port, shared_server
@@ -310,6 +311,11 @@ def test_a_refresh_by_url_sends_what_the_template_says(tmp_path, proxy):
     trainer = Trainer(tmp_path, proxy.root, refresh_body=body, weights_dir=str(tmp_path / 'a "b"'))
     trainer.sync(2)
     assert proxy.refresh_bodies == [{"model_path": str(tmp_path / 'a "b"'), "version": 2}]
+
+
+def test_a_refresh_that_says_it_failed_is_an_error():
+    assert says_failure('{"success": false, "message": "no such path"}')
+    assert not any(map(says_failure, ('{"success": true}', '{"status": "ok"}', "", "[false]", "reloaded")))
 
 
 def test_only_the_main_process_refreshes_the_server(tmp_path, proxy):
