@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from inverseq import cli, launch
+from inverseq import cli, distributed, launch
 from inverseq.config_loading import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +165,7 @@ def test_bad_input_is_said_once_by_processes_that_end_with_its_status_and_are_no
     assert done.returncode == 2 and done.stdout == ""
     [line] = own_lines(done.stderr)
     assert line.startswith("inverseq-train: [rank ") and "error: model.path='./nowhere': no such folder" in line
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,6 +188,24 @@ def test_a_launched_process_refuses_to_launch_others(tmp_path):
     assert done.returncode == 2
     [line] = own_lines(done.stderr)
     assert "start a launcher; leave them out, this process has one already" in line
+
+
+def test_the_ranks_of_each_attempt_meet_under_a_name_of_their_own_in_a_store_that_outlives_attempts(monkeypatch):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def meet(attempt: int, rank: int) -> dist.Store:
+        time.sleep(0.1 * ((attempt + rank) % 3))  # in another order each time
+        return distributed._store_of_attempt(rank, 3, timedelta(seconds=60))
+
+    with ThreadPoolExecutor(3) as pool:
+        for attempt in range(3):
+            stores = list(pool.map(meet, [attempt] * 3, range(3)))
+            assert not any(store.check(["address"]) for store in stores)  # nothing of an earlier attempt
+            stores[attempt].set("address", str(attempt))
+            assert [store.get("address") for store in stores] == [str(attempt).encode()] * 3
 
 
 # Hosts
