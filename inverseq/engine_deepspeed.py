@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = ["DeepSpeedEngine", "check_deepspeed", "shard_frozen"]
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 GATHER_NUMEL = 2**28  # weights gathered at a time for a full copy
+REDUCE_NUMEL = 2**28  # gradients reduced at a time; DeepSpeed holds a buffer of this size, or two
 # A gathered copy runs other kernels than the trainer's forward; equal weights agree to rounding.
 COPY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats, largest of the probe's tokens
 
@@ -62,12 +63,14 @@ def load_deepspeed(device: torch.device) -> Any:
 
 
 def zero_config(
-    stage: int, *, offload_optimizer: bool, offload_parameters: bool, max_grad_norm: float, like: Tensor
+    stage: int, *, offload_optimizer: bool, offload_parameters: bool, max_grad_norm: float, weights: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for weights of the dtype and device of ``like``."""
+    """DeepSpeed's configuration for these weights, which have one dtype and device."""
+    like = weights[0]
     on_cuda = like.device.type == "cuda"
     host = {"device": "cpu", "pin_memory": on_cuda}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": on_cuda}
+    zero["reduce_bucket_size"] = min(REDUCE_NUMEL, sum(weight.numel() for weight in weights))
     if offload_optimizer:
         zero["offload_optimizer"] = host
     if offload_parameters:
@@ -130,7 +133,7 @@ class DeepSpeedEngine:
             offload_optimizer=offload_optimizer,
             offload_parameters=offload_parameters,
             max_grad_norm=optim.max_grad_norm,
-            like=first,
+            weights=list(policy.parameters()),
         )
         with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print their memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -301,9 +304,9 @@ def groups_of(pairs, max_numel: int) -> Iterator[list]:
 
 def shard_frozen(frozen: FrozenPair) -> nn.Module:
     """The pair with its weights spread over the ranks (ZeRO-3); they are gathered layer by layer for each forward."""
-    first = next(frozen.parameters())
-    config = zero_config(3, offload_optimizer=False, offload_parameters=False, max_grad_norm=0.0, like=first)
-    deepspeed = load_deepspeed(first.device)
+    weights = list(frozen.parameters())
+    config = zero_config(3, offload_optimizer=False, offload_parameters=False, max_grad_norm=0.0, weights=weights)
+    deepspeed = load_deepspeed(weights[0].device)
     engine, *_ = deepspeed.initialize(model=frozen, config=config, dist_init_required=False)
     engine.eval()
     return engine

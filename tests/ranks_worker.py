@@ -21,6 +21,7 @@ from inverseq.config import Config
 from inverseq.config_loading import load_config
 from inverseq.distributed import Ranks, init_ranks
 from inverseq.engine import NonFiniteError
+from inverseq.model import load_model
 from inverseq.resolve import resolve
 from inverseq.run_state import State, build_state
 from inverseq.sample_files import read_samples, samples_path
@@ -88,6 +89,17 @@ def not_a_number_on_one_rank(config: Config, ranks: Ranks, job: dict) -> None:
         steps[0].targets[0].copy_(good)
         assert all(torch.equal(a, b) for a, b in zip(after_one, weights_of(state), strict=True)), spoil
         assert state.engine.num_updates == 1
+
+
+def nothing_else_is_partitioned(config: Config, ranks: Ranks, job: dict) -> None:
+    """Beside a policy under ZeRO-3 the frozen model and a model that is loaded later are whole on every rank."""
+    state, _ = state_of(config, ranks, job)
+    assert all(weight.numel() == 0 for weight in state.policy.model.get_decoder().layers[0].mlp.parameters())
+    later = load_model(config.model.path, config.model)
+    for model in (state.frozen.better, later, state.engine.full_model()):
+        shapes = [tuple(weight.shape) for weight in model.parameters()]
+        assert shapes == [tuple(weight.ds_shape) for weight in state.policy.model.parameters()]
+    state.engine.release_full_model()
 
 
 def a_wrong_copy_is_noticed(config: Config, ranks: Ranks, job: dict) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from inverseq.config import Config, ModelConfig
 from inverseq.distributed import LAUNCHER_VARIABLES, Ranks, init_ranks
@@ -151,6 +152,19 @@ def test_variables_of_a_launcher_that_do_not_belong_together_are_refused(monkeyp
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
+        init_ranks(CONFIG)
+
+
+@pytest.mark.parametrize("variable, minutes", [("", 60), ("7", 7)])
+def test_a_rank_waits_longer_than_by_default_and_as_long_as_deepspeeds_variable_says(monkeypatch, variable, minutes):
+    def refuse(backend, *, timeout, **_):
+        raise dist.DistError(f"waits {timeout.total_seconds() / 60:.0f} minutes")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    for name, value in zip(LAUNCHER_VARIABLES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", variable)
+    with pytest.raises(ValueError, match=f"waits {minutes} minutes"):
         init_ranks(CONFIG)
 
 

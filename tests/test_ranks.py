@@ -106,6 +106,7 @@ RESUMED = {
 ENGINE_JOBS = {  # (action, overrides)
     **{f"not a number under ZeRO-{stage}": ("not_a_number_on_one_rank", stage) for stage in STAGES},
     "a wrong copy": ("a_wrong_copy_is_noticed", 3),
+    "only the policy is partitioned": ("nothing_else_is_partitioned", 3),
 }
 
 
@@ -256,7 +257,7 @@ def test_two_ranks_sample_their_shares_and_one_process_trains_the_same_on_them(r
 
 
 @pytest.mark.parametrize("name", ENGINE_JOBS)
-def test_all_ranks_stop_before_an_update_or_a_sample_that_would_be_wrong(root, two_ranks, name):
+def test_updates_and_copies_of_all_ranks_are_right_or_not_made(root, two_ranks, name):
     assert_trained(root, name)
 
 

@@ -1,0 +1,48 @@
+"""Which engine a run gets, and what neither can do."""
+
+import importlib.util
+
+import pytest
+
+from inverseq.config_loading import load_config
+from inverseq.distributed import Ranks
+from inverseq.memory import Placement
+from inverseq.run_state import engine_kind
+
+ONE, TWO = Ranks(), Ranks(rank=1, world_size=2)
+
+
+def kind(*overrides, ranks=ONE, **placement):
+    config = load_config("demo", ["model.path=m", "run_dir=r", *overrides])
+    options = {"offload_optimizer": False, "offload_parameters": False, "frozen": "replicated"} | placement
+    return engine_kind(config, Placement(zero_stage=0, gradient_checkpointing=False, **options), ranks)
+
+
+def test_one_process_needs_no_deepspeed_and_gets_it_when_asked():
+    assert kind() == "torch"
+    assert kind("engine.kind=deepspeed") == "deepspeed"
+    assert kind("engine.kind=torch") == "torch"
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"ranks": TWO}, "2 processes"),
+        ({"offload_optimizer": True}, "engine.offload_optimizer='cpu'"),
+        ({"offload_parameters": True}, "engine.offload_parameters='cpu'"),
+        ({"frozen": "sharded"}, "engine.frozen='sharded'"),
+    ],
+)
+def test_what_one_process_cannot_do_takes_deepspeed_and_is_refused_to_torch(options, named):
+    assert kind(**options) == "deepspeed"
+    with pytest.raises(ValueError, match=r"engine\.kind='torch': .*" + named):
+        kind("engine.kind=torch", **options)
+
+
+def test_a_missing_package_is_one_error_that_names_the_extra(monkeypatch):
+    find = importlib.util.find_spec
+    missing = lambda name, *rest: None if name == "deepspeed" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr("inverseq.engine_deepspeed.find_spec", missing)
+    assert kind() == "torch"
+    with pytest.raises(ValueError, match=r"needs deepspeed \(pip install 'inverseq\[deepspeed\]'\)"):
+        kind(ranks=TWO)
