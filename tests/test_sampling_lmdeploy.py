@@ -3,10 +3,8 @@
 The server is a stand-in that answers in LMDeploy's format; test_sampling_lmdeploy_contract.py ties that format to it.
 """
 
-import base64
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -20,9 +18,8 @@ import inverseq.sampling_lmdeploy as module
 from inverseq.config import LmdeployConfig, SamplingConfig
 from inverseq.sampling import make_sampler, sample_responses
 from inverseq.sampling_lmdeploy import LmdeployError, LmdeploySampler, check_lmdeploy
-from inverseq.sampling_lmdeploy_client import Answer, BadAnswer, Request, check_answer, requests_of
-from inverseq.sampling_lmdeploy_server import GUARD, ApiServer, free_port, server_environment
-from inverseq.sampling_lmdeploy_weights import layers_of, serialized
+from inverseq.sampling_lmdeploy_client import Answer
+from inverseq.sampling_lmdeploy_server import GUARD, ApiServer, free_port
 from tests.test_sampling import make_model, make_prompt, make_tokenizer, responses_of
 
 STAND_IN = Path(__file__).with_name("lmdeploy_stand_in.py")
@@ -244,6 +241,73 @@ def test_a_server_that_does_not_come_up_is_an_error_with_its_last_words(run):
         sampler.sync(torch.nn.Linear(1, 1), 0)
 
 
+class RecordedEngine:
+    """An engine that writes down what happens to it and fails the first request for each prompt."""
+
+    form, version, can_update, is_running = "pipeline", "0.18.0", False, False
+
+    def __init__(self, events):
+        self.events, self.requests = events, []
+
+    def start(self, folder):
+        self.events.append(f"start {folder.name}")
+        self.is_running = True
+
+    def stop(self):
+        self.events.append("stop")
+        self.is_running = False
+
+    def sleep(self):
+        self.events.append("sleep")
+
+    wake_up = update = None
+
+    def answers(self, requests):
+        for request in requests:
+            self.requests.append(request)
+            seen = sum(one.index == request.index for one in self.requests)
+            yield request, Answer([7, STOP], "stop" if seen > 1 else "error")
+
+
+def recorded(events, tmp_path, monkeypatch, *, is_main=True) -> LmdeploySampler:
+    monkeypatch.setattr(module, "save_weights", lambda *arguments: events.append("save"))
+    monkeypatch.setattr(module, "wait_for_all_ranks", lambda: events.append("wait"))
+    return LmdeploySampler(
+        SamplingConfig(backend="lmdeploy"),
+        make_tokenizer(),
+        stop_ids=(STOP,),
+        num_valid_vocab=VOCAB,
+        weights_dir=tmp_path / "weights",
+        is_main=is_main,
+        engine=RecordedEngine(events),
+    )
+
+
+def test_one_rank_saves_the_weights_and_all_load_them_after_that(tmp_path, monkeypatch):
+    main, other = [], []
+    recorded(main, tmp_path, monkeypatch).sync(policy(0), 0)
+    recorded(other, tmp_path, monkeypatch, is_main=False).sync(policy(0), 0)
+    assert main == ["stop", "save", "wait", "start weights"]
+    assert other == ["stop", "wait", "start weights"]
+
+
+def test_a_response_that_is_drawn_again_has_another_seed(tmp_path, monkeypatch):
+    sampler = recorded([], tmp_path, monkeypatch)
+    sampler.sync(policy(0), 0)
+    assert responses_of(sample(sampler, 3)) == [[7, STOP]] * 3
+    seeds = {}
+    for request in sampler.engine.requests:
+        seeds.setdefault(request.index, []).append(request.seed)
+    assert all(len(set(pair)) == 2 for pair in seeds.values()) and len(seeds) == 3
+
+
+def test_weights_need_a_folder():
+    with pytest.raises(ValueError, match="sampling.lmdeploy.weights_dir='': expected a folder"):
+        LmdeploySampler(
+            SamplingConfig(backend="lmdeploy"), make_tokenizer(), stop_ids=(STOP,), num_valid_vocab=9, weights_dir=None
+        )
+
+
 def test_the_server_and_what_it_started_end_when_the_run_is_killed(run, tmp_path):
     sampler = run(synced=False)
     (tmp_path / "weights.txt").write_bytes(b"a")
@@ -259,67 +323,6 @@ def test_the_server_and_what_it_started_end_when_the_run_is_killed(run, tmp_path
     process.wait()
     [start] = sampler.engine.lines("starts")
     assert gone(start["pid"])
-
-
-REQUEST = Request(0, [5, 6], 3, (STOP,), 1)
-
-
-@pytest.mark.parametrize(
-    ("ids", "reason", "result"),
-    [
-        ([7, STOP], "stop", "stop"),
-        ([7, 8, 9], "length", "length"),
-        ([7, 8, STOP], "length", "stop"),
-        ([7], "stop", "without the stop token"),
-        ([7, 8], "length", "after 2 of 3 tokens"),
-        ([], "stop", "0 tokens"),
-        ([7, 8, 9, 10], "length", "4 tokens"),
-        ([STOP, 7, STOP], "stop", r"stop tokens at \[0, 2\]"),
-        ([7, VOCAB, STOP], "stop", f"token id {VOCAB} is not among"),
-        ([-1, STOP], "stop", "token id -1"),
-        ([7, STOP], "error", "finish reason 'error'"),
-        ([7, STOP], None, "finish reason None"),
-    ],
-)
-def test_which_answers_may_be_trained_on(ids, reason, result):
-    if result in ("stop", "length"):
-        token_ids, found = check_answer(Answer(ids, reason), REQUEST, VOCAB)
-        assert (token_ids.tolist(), found) == (ids, result)
-    else:
-        with pytest.raises(BadAnswer, match=result):
-            check_answer(Answer(ids, reason), REQUEST, VOCAB)
-
-
-def test_a_prompts_seed_does_not_depend_on_its_place():
-    requests = {request.index: request for request in requests_of(prompts(), 4, 8, (STOP,))}
-    reverse = {6 - request.index: request for request in requests_of(prompts()[::-1], 4, 8, (STOP,))}
-    seeds = [requests[i].seed for i in range(7)]
-    assert seeds == [reverse[i].seed for i in range(7)] and len(set(seeds)) == 7
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds != [request.seed for request in requests_of(prompts(), 5, 8, (STOP,))]
-
-
-def test_layers_go_whole_and_a_tied_head_once():
-    model = make_model()
-    layers = list(layers_of(model))
-    names = [list(layer) for layer in layers]
-    assert [len(group) for group in names] == [9, 9, 3]
-    assert all(name.startswith(f"model.layers.{i}.") for i in range(2) for name in names[i])
-    assert sorted(sum(names, [])) == sorted(dict(model.named_parameters()))
-    decoded = pickle.loads(base64.b64decode(serialized(layers[0])))
-    assert [name for name, _ in decoded] == names[0]
-    function, arguments = decoded[0][1]
-    assert torch.equal(function(*arguments), layers[0][names[0][0]])
-
-
-def test_a_server_inherits_nothing_of_the_launcher(monkeypatch):
-    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "TORCHELASTIC_RUN_ID": "y"}
-    variables |= {"PYTHONPATH": "z", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "4,6"}
-    assert server_environment(variables) == {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "4,6"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert server_environment(variables)["CUDA_VISIBLE_DEVICES"] == "6"
-    assert server_environment({})["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_without_cuda_lmdeploy_is_refused_at_once_and_others_are_named(monkeypatch):
