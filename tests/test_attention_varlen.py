@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inverseq import attention, attention_varlen
 from inverseq.attention import attention_layout
+from inverseq.attention_sdpa import sdpa_attention
 from inverseq.attention_varlen import flash_attn_function, torch_varlen_function
 from tests.attention_oracle import (
     CONFIGS,
@@ -132,6 +133,17 @@ def test_torch_2_10_cannot_serve_a_window_that_is_reached(monkeypatch):
         packed_hidden(model, make_pack(random_sequences([6])))
     with torch.no_grad():
         packed_hidden(model, make_pack(random_sequences([5])))
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn", *DOUBLES])
+def test_scores_are_scaled_as_the_model_says(monkeypatch, kernel):
+    use(monkeypatch, kernel)
+    generator = torch.Generator().manual_seed(5)
+    heads = [torch.randn(1, count, 9, 8, generator=generator) for count in (4, 2, 2)]
+    layout = attention_layout(make_pack(random_sequences([4, 5])))
+    actual = attention.packed_attention(torch.nn.Module(), *heads, None, scaling=0.9, layout=layout)[0]
+    expected = sdpa_attention(*heads, layout, 0.9, None, None)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 class SynchronisingOperations(TorchDispatchMode):
