@@ -253,8 +253,9 @@ def gathered_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     if stage == 3 or sharded_frozen:
         phases = ("score",) * sharded_frozen + ("train",) * (stage == 3)
         parts.append(MemoryPart("gathered layers", live, phases, "b·min(P, 1.05e9)"))
-    if stage == 3 and job.config.sampling.backend == "transformers":
-        parts.append(MemoryPart("sampler's copy of the policy", count * b, ("sample",), "b·P, gathered to sample"))
+    backend = job.config.sampling.backend
+    if backend == "lmdeploy" or (stage == 3 and backend == "transformers"):  # a server holds its own elsewhere
+        parts.append(MemoryPart("sampler's copy of the policy", count * b, ("sample",), "b·P, whole while sampling"))
     return parts
 
 
@@ -269,7 +270,7 @@ def activation_parts(job: Job, placement: Placement) -> list[MemoryPart]:
         MemoryPart("activations, training pack", train, ("train",), f"T·({layers} + (4 + b) D)"),
         MemoryPart("activations, scoring pack", score, ("score",), "T·(3 I + 4 D)·b, one layer at a time"),
     ]
-    if config.sampling.backend == "transformers":
+    if config.sampling.backend in ("transformers", "lmdeploy"):
         together = min(config.sampling.batch_size, -(-config.sampling.samples_per_epoch // job.world_size))
         sampled = together * (job.longest_prompt + config.sampling.max_new_tokens)
         cache = 2 * policy.num_layers * policy.key_value_width * b * sampled

@@ -1,5 +1,7 @@
 """The memory table: its formulas are compared with what PyTorch really keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -206,6 +208,14 @@ def test_adapters_are_counted_and_keep_what_the_formula_says(tmp_path, dtype):
 def test_the_ranks_of_a_host_share_a_cpus_memory_and_have_a_gpu_each():
     assert Hardware("c", "cpu", 64 * GIB, 64 * GIB, ranks_per_host=4).usable_bytes == 16 * GIB
     assert Hardware("g", "cuda", 64 * GIB, 64 * GIB, ranks_per_host=4).rank_bytes == 64 * GIB
+
+
+def test_an_engine_of_its_own_holds_a_copy_of_the_policy_on_each_gpu():
+    config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
+    apart = replace(config, sampling=replace(config.sampling, backend="lmdeploy"))
+    found = sizes_of(estimate(apart, size))
+    assert found["sampler's copy of the policy"] == 2 * size.num_parameters
+    assert "sampler's copy of the policy" not in sizes_of(estimate(config, size))
 
 
 def test_the_machines_memory_is_known():
