@@ -171,6 +171,7 @@ def test_bad_input_is_one_error_before_anything_is_asked(files, tmp_path, capsys
             ((new, old), ["--request", "{"], "is not JSON"),
             ((new, old), ["--concurrency", "0"], "--concurrency 0: expected 1 or more"),
             ((new, old), ["--limit", "-1"], "--limit -1"),
+            ((new, old), ["--base-url", "localhost:8000/v1"], "--base-url localhost:8000/v1: expected http://"),
             ((new, old), ["--judge-prompt", "absent.txt"], "expected a text file or a shipped name"),
         ]:
             assert judge(pair, server.url, *words) == 2, message

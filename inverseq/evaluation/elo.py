@@ -53,6 +53,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("verdicts", nargs="+", metavar="F", help="verdicts.jsonl of judge or tournament")
     add_elo_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of online Elo's orders (0)")
     parser.add_argument("--out", metavar="DIR", help="results (beside the first file)")
     return parser
 
@@ -93,7 +94,7 @@ def save_ratings(out: Path, matches: Sequence[Match], args: argparse.Namespace) 
         k=args.k,
         num_orders=args.num_orders,
         sigma=args.sigma,
-        seed=getattr(args, "seed", 0),
+        seed=args.seed,
     )
     data = ratings_data(ratings, curves, anchor, matches)
     rows = curve_rows(curves, [rating.model for rating in ratings])

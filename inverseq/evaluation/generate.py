@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import json_line, remove_directory, write_json, write_jsonl
+from ..atomic import atomic_file, json_line, remove_directory, write_json, write_jsonl
 from .command import Outcome
 from .readers import Question, read_questions, turn_id
 
@@ -262,10 +262,8 @@ class Partial:
             check_same_settings(self.path, settings, json.loads(lines[0]))
             self.chunks = [json.loads(line)["rows"] for line in lines[1:]]
             logger.info("going on behind %d answers of %s", sum(map(len, self.chunks)), self.path)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self.whole = b"".join(line + b"\n" for line in lines) or json_line(settings)
-        with open(self.path, "wb") as file:
-            file.write(self.whole)
+        with atomic_file(self.path) as file:
+            file.write(b"".join(line + b"\n" for line in lines) or json_line(settings))
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with open(self.path, "ab") as file:

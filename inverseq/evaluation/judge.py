@@ -310,7 +310,8 @@ def describe(summary: dict[str, Any]) -> str:
         lines += [f"  {'mean length difference':<28}{summary['mean_length_difference']:+7.0f} characters"]
     lines += [
         f"  {summary['num_counted']} matches counted, {summary['num_unreadable']} without a readable verdict "
-        f"({summary['num_refused']} refusals, {summary['num_cut_off']} answers cut off), "
-        f"{summary['num_equal_answers']} verdicts on equal answers not asked"
+        f"({summary['num_refused']} refusals, {summary['num_cut_off']} answers cut off)"
     ]
+    if summary["num_equal_answers"]:
+        lines += [f"  {summary['num_equal_answers']} ties were not asked about: the answers are equal"]
     return "\n".join(lines)

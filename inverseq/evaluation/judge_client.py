@@ -65,6 +65,8 @@ class JudgeSettings:
             if getattr(self, name) < minimum:
                 flag = name.removesuffix("_s")
                 raise ValueError(f"--{flag} {getattr(self, name)}: expected {minimum} or more")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"--base-url {self.base_url}: expected http://… or https://…")
         if self.max_requests is not None and self.max_requests < 0:
             raise ValueError(f"--max-requests {self.max_requests}: expected 0 or more")
 
