@@ -212,7 +212,7 @@ def last_refresh(config: Config, epoch: int) -> int:
 
 def refresh_frozen(state: State) -> None:
     """Put the policy's current weights in the place of μ, and write them for a resumed run."""
-    tensors = named_tensors(state.engine.full_model())
+    tensors = named_tensors(state.engine.full_model(), whole=True)
     with torch.no_grad():
         for name, frozen in named_tensors(state.frozen.better, whole=True).items():
             frozen.copy_(tensors[name])

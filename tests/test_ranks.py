@@ -56,6 +56,7 @@ REFERENCES = {
     "one sample": ("tied", "principle", [*ONE_SAMPLE, *SAMPLING]),
     "unclipped": ("tied", "principle", ["optim.max_grad_norm=0"]),
     "three epochs": ("tied", "principle", ["epochs=3"]),
+    "refreshed": ("untied", "principle", ["contrast.refresh_every=1"]),
     "bfloat16": ("untied", "principle", ["model.dtype=bfloat16", "epochs=1"]),
 }
 # run of two ranks: (reference, overrides)
@@ -88,6 +89,7 @@ CASES = {
     "bfloat16 under ZeRO-2": ("bfloat16", ["engine.zero_stage=2"]),
     "bfloat16 under ZeRO-1": ("bfloat16", ["engine.zero_stage=1"]),
     "three epochs": ("three epochs", ["engine.zero_stage=3"]),
+    "a contrast that is refreshed": ("refreshed", ["engine.zero_stage=3"]),
 }
 STAGES = (3, 2, 1)
 # Runs of two ranks that go on from a copy of another run: (run, epochs kept, reference, overrides, action)
