@@ -136,6 +136,16 @@ def test_a_prefix_that_is_in_the_cache_is_not_read_again():
     assert counted.num_tokens == 64 + 4 * 8 + generated - 4
 
 
+def test_what_is_kept_of_earlier_prompts_gives_way_to_new_ones():
+    model, rng = make_model(), np.random.default_rng(0)
+    model.config.max_position_embeddings = 512
+    prompts = [make_prompt(f"p{i}", rng.integers(2, NUM_WORDS, 100)) for i in range(20)]
+    with Counted(model) as counted:
+        samples = sample_responses(make(model, max_new_tokens=40, batch_size=3), prompts, seed=0)
+    generated = sum(sample.num_actions for sample in samples)
+    assert counted.num_tokens == 20 * 100 + generated - 20  # nothing was given up and read again
+
+
 def test_equal_prompts_stand_together_but_no_more_than_are_decoded_at_once():
     prompts = [make_prompt(str(i), ids) for i, ids in enumerate([[2, 3], [4], [2, 3], [2, 3], [4]])]
     assert equal_prompts(prompts, 8) == [[0, 2, 3], [1], [4]]
