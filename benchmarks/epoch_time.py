@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     reps = arguments.reps or (3 if on_cuda else 1)
     measure_epoch(bench, arguments.phases, found=found, reps=reps, rungs=pairs, progress=progress)
     write_results(arguments, bench, found, facts, rungs)
-    print(f"{time.monotonic() - started:.0f} s in all")
+    print(f"{time.monotonic() - started:.0f} s in all, {time.process_time():.0f} s of CPU time")
     return 0
 
 
@@ -204,14 +204,16 @@ def write_results(
     rows = write_rows(arguments.out, bench, found, facts, rungs)
     title = (
         f"{facts['model']} ({facts['weights']}, {facts['dtype']}), {facts['shapes']}\n"
-        f"measured on {facts['device']}, {facts['date']}, commit {facts['commit']}, load {facts['load_average']}"
+        f"measured on {facts['device']}, {facts['date']}, commit {facts['commit']}, "
+        f"{facts['threads']} thread(s), load {facts['load_average']} at the start"
     )
     notes = [] if report.chip_of(facts["device"]) else ["No MFU: the device is not in the table of peak rates."]
     notes += [CPU_NOTE] if bench.device.type == "cpu" else []
-    text = report.table(rows, title) + "".join(f"{note}\n" for note in notes)
+    clock = "cpu_ms" if bench.device.type == "cpu" else "ms"  # other programs share a CPU
+    text = report.table(rows, title, clock) + "".join(f"{note}\n" for note in notes)
     print(text)
     (arguments.out / "epoch_time.txt").write_text(text)
-    if not report.write_plot(rows, arguments.out / "epoch_time.png", "\n".join([title, *notes])):
+    if not report.write_plot(rows, arguments.out / "epoch_time.png", "\n".join([title, *notes]), clock):
         print("matplotlib is not installed: no picture (pip install 'inverseq[eval]')")
     low = [row for row in rows if row.get("variant") == BASELINE and row.get("mfu") and row["mfu"] < LOW_MFU]
     if found.steps and (arguments.profile or low):

@@ -125,12 +125,16 @@ def split_rows(found: Measurements, ladder: Sequence[tuple[str, str, str]]) -> l
         wall, cpu = (rung_seconds(found, scorer, trainer, clock) for clock in ("wall_s", "cpu_s"))
         if wall is None:
             continue
-        score_s, pack_s, train_s = wall
-        row = {"op": "epoch_time split", "rung": len(rows), "switched_on": name}
-        row |= {"score_s": score_s, "pack_s": pack_s, "train_s": train_s, "total_s": sum(wall), "cpu_s": sum(cpu)}
-        row |= {"factor": None, "cpu_factor": None, "error": loss_difference(found, trainer)}
-        if rows:
-            row |= {"factor": rows[-1]["total_s"] / row["total_s"], "cpu_factor": rows[-1]["cpu_s"] / row["cpu_s"]}
+        row = {
+            "op": "epoch_time split",
+            "rung": len(rows),
+            "switched_on": name,
+            "error": loss_difference(found, trainer),
+        }
+        for suffix, parts, factor in (("s", wall, "factor"), ("cpu_s", cpu, "cpu_factor")):
+            row |= {f"{part}_{suffix}": value for part, value in zip(("score", "pack", "train"), parts, strict=True)}
+            row |= {f"total_{suffix}": sum(parts)}
+            row |= {factor: rows[-1][f"total_{suffix}"] / sum(parts) if rows else None}
         rows.append(row)
     return rows if len(rows) > 2 else []
 
@@ -218,19 +222,21 @@ def summary(rows: Sequence[dict]) -> dict[str, float | None]:
     }
 
 
-def table(rows: Sequence[dict], title: str) -> str:
-    """The text that people read: phases of both sides, then the split."""
+def table(rows: Sequence[dict], title: str, clock: str = "ms") -> str:
+    """The text that people read: phases of both sides, then the split; ``clock`` is "ms" or, by CPU time, "cpu_ms"."""
     phases = {(row["phase"], row["variant"]): row for row in rows if row["op"] == "epoch_time"}
-    header = ("phase", "baseline s", "ours s", "speed-up", "tokens/s", "MFU base", "MFU ours", "GiB base", "GiB ours")
-    cells = [(*header, "pad base", "pad ours")]
+    unit = "s" if clock == "ms" else "CPU s"
+    header = ("phase", f"baseline {unit}", f"ours {unit}", "speed-up", f"tokens/{unit}", "MFU base", "MFU ours")
+    cells = [(*header, "GiB base", "GiB ours", "pad base", "pad ours")]
     for phase in dict.fromkeys(phase for phase, _ in phases):
         base, ours = phases.get((phase, BASELINE), {}), phases.get((phase, OURS), {})
-        ratio = base["ms"] / ours["ms"] if base.get("ms") and ours.get("ms") else None
+        seconds = [side[clock] / 1e3 if side.get(clock) is not None else None for side in (base, ours)]
+        ratio = seconds[0] / seconds[1] if seconds[0] and seconds[1] else None
+        rate = ours["tokens"] / seconds[1] if ours.get("tokens") and seconds[1] else None
         pair = [(side.get("mfu"), ".1%") for side in (base, ours)]
         pair += [(side["peak_bytes"] / 2**30 if side.get("peak_bytes") else None, ".2f") for side in (base, ours)]
         pair += [(side.get("pad_waste"), ".1%") for side in (base, ours)]
-        seconds = [(side["ms"] / 1e3 if side.get("ms") is not None else None, ".3f") for side in (base, ours)]
-        numbers = [*seconds, (ratio, ".2f"), (ours.get("tokens_per_second"), ",.0f"), *pair]
+        numbers = [*((value, ".3f") for value in seconds), (ratio, ".2f"), (rate, ",.0f"), *pair]
         cells.append((phase, *(format_number(value, form) for value, form in numbers)))
     lines = [title, "", *aligned(cells)]
     lines += [f"{phase}, {variant}: {row['failure']}" for (phase, variant), row in phases.items() if row["failure"]]
@@ -238,34 +244,33 @@ def table(rows: Sequence[dict], title: str) -> str:
     if totals["speed_up"] is not None:
         lines += [
             "",
-            f"score, pack, train: baseline {totals['baseline_ms'] / 1e3:.2f} s, ours {totals['ours_ms'] / 1e3:.2f} s: "
-            f"{totals['speed_up']:.2f}x by wall clock, {totals['cpu_speed_up']:.2f}x by the process's CPU time",
+            f"score, pack, train: {totals['speed_up']:.2f}x by wall clock (baseline {totals['baseline_ms'] / 1e3:.2f} "
+            f"s, ours {totals['ours_ms'] / 1e3:.2f} s), {totals['cpu_speed_up']:.2f}x by the process's CPU time",
         ]
-    return "\n".join([*lines, *split_lines(rows)]) + "\n"
+    return "\n".join([*lines, *split_lines(rows, clock)]) + "\n"
 
 
-def split_lines(rows: Sequence[dict]) -> list[str]:
+def split_lines(rows: Sequence[dict], clock: str) -> list[str]:
     rungs = [row for row in rows if row["op"] == "epoch_time split"]
     if not rungs:
         return []
-    header = ("switched on, one after another", "score s", "train s", "total s", "factor", "by CPU time")
+    suffix, unit, factor = split_clock(clock)
+    header = ("switched on, one after another", f"score {unit}", f"train {unit}", f"total {unit}", "factor")
     cells = [(*header, "loss differs by")]
     for row in rungs:
+        seconds = [f"{row[f'{part}_{suffix}']:.3f}" for part in ("score", "train", "total")]
         cells.append(
-            (
-                row["switched_on"],
-                f"{row['score_s']:.3f}",
-                f"{row['train_s']:.3f}",
-                f"{row['total_s']:.3f}",
-                format_number(row["factor"], ".2f"),
-                format_number(row["cpu_factor"], ".2f"),
-                format_number(row["error"], ".0e"),
-            )
+            (row["switched_on"], *seconds, format_number(row[factor], ".2f"), format_number(row["error"], ".0e"))
         )
     note = (
         "Each rung keeps what is above it; factors multiply to the whole, and another order would share it otherwise."
     )
     return ["", *aligned(cells), note]
+
+
+def split_clock(clock: str) -> tuple[str, str, str]:
+    """(suffix of a split row's seconds, their unit, the name of its factor) of a clock."""
+    return ("s", "s", "factor") if clock == "ms" else ("cpu_s", "CPU s", "cpu_factor")
 
 
 def format_number(value: float | None, form: str) -> str:
@@ -283,7 +288,7 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def write_plot(rows: Sequence[dict], path: Path, title: str) -> bool:
+def write_plot(rows: Sequence[dict], path: Path, title: str, clock: str = "ms") -> bool:
     """Draw phases side by side, and the split; False without matplotlib. Only measured rows are drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
@@ -295,9 +300,9 @@ def write_plot(rows: Sequence[dict], path: Path, title: str) -> bool:
     rows = [row for row in rows if row["measured"]]
     rungs = [row for row in rows if row["op"] == "epoch_time split"]
     figure, axes = plt.subplots(1, 2 if rungs else 1, figsize=(13 if rungs else 7, 4.8), squeeze=False)
-    draw_phases(axes[0, 0], [row for row in rows if row["op"] == "epoch_time" and row["ms"] is not None])
+    draw_phases(axes[0, 0], [row for row in rows if row["op"] == "epoch_time" and row["ms"] is not None], clock)
     if rungs:
-        draw_split(axes[0, 1], rungs)
+        draw_split(axes[0, 1], rungs, clock)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -305,9 +310,9 @@ def write_plot(rows: Sequence[dict], path: Path, title: str) -> bool:
     return True
 
 
-def draw_phases(axes, rows: Sequence[dict]) -> None:
+def draw_phases(axes, rows: Sequence[dict], clock: str) -> None:
     """Two bars a phase; the baseline has only the phases that it does otherwise."""
-    seconds = {(row["phase"], row["variant"]): row["ms"] / 1e3 for row in rows}
+    seconds = {(row["phase"], row["variant"]): row[clock] / 1e3 for row in rows}
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     for offset, variant, colour in ((-0.2, BASELINE, "#b0653a"), (0.2, OURS, "#2f6f9f")):
         places = [index + offset for index, phase in enumerate(phases) if (phase, variant) in seconds]
@@ -316,7 +321,7 @@ def draw_phases(axes, rows: Sequence[dict]) -> None:
         bars = axes.bar(places, heights, width=0.38, color=colour, label=label)
         axes.bar_label(bars, labels=[short(height) for height in heights], fontsize=8, padding=2)
     axes.set_xticks(range(len(phases)), [phase.replace("_", "\n") for phase in phases])
-    axes.set_ylabel("seconds of an epoch")
+    axes.set_ylabel(f"seconds of an epoch{'' if clock == 'ms' else ' (CPU time of the process)'}")
     axes.set_xlabel("the baseline scores and trains; it has no sampler and no checkpoint of its own", fontsize=8)
     axes.margins(y=0.12)
     axes.legend(fontsize=8)
@@ -326,18 +331,20 @@ def short(seconds: float) -> str:
     return f"{seconds:.3g}" if seconds >= 0.1 else f"{seconds:.1g}" if seconds >= 0.01 else "<0.01"
 
 
-def draw_split(axes, rungs: Sequence[dict]) -> None:
+def draw_split(axes, rungs: Sequence[dict], clock: str) -> None:
     """Scoring and training of each rung, stacked, with the factor that its switch brought."""
+    suffix, unit, factor = split_clock(clock)
     places = list(range(len(rungs)))
-    score = [row["score_s"] for row in rungs]
-    train = [row["train_s"] + row["pack_s"] for row in rungs]
+    score = [row[f"score_{suffix}"] for row in rungs]
+    train = [row[f"train_{suffix}"] + row[f"pack_{suffix}"] for row in rungs]
     axes.barh(places, score, color="#8fb8d4", label="score")
     axes.barh(places, train, left=score, color="#2f6f9f", label="pack + train")
     for place, row in zip(places, rungs, strict=True):
-        text = f"{row['total_s']:.3g} s" + (f"  (÷ {row['factor']:.2f})" if row["factor"] else "")
-        axes.text(row["total_s"], place, " " + text, va="center", fontsize=8)
+        total = row[f"total_{suffix}"]
+        text = f"{total:.3g} {unit}" + (f"  (÷ {row[factor]:.2f})" if row[factor] else "")
+        axes.text(total, place, " " + text, va="center", fontsize=8)
     axes.set_yticks(places, [row["switched_on"].replace(": ", ":\n") for row in rungs], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.22)
-    axes.set_xlabel("seconds of scoring and training, one thing switched on at a time")
+    axes.margins(x=0.28)
+    axes.set_xlabel(f"{unit} of scoring and training, one thing switched on at a time")
     axes.legend(fontsize=8)
