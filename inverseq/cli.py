@@ -111,6 +111,8 @@ def work(config: Config, arguments: argparse.Namespace) -> None:
     from .trainer import train
 
     disable_progress_bar()  # a bar for the shards of a model file; the trainer has bars of its own
+    # DeepSpeed's calls of torch, which are not the user's business
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if launched_rank():  # what libraries warn of, rank 0 says for all
         warnings.simplefilter("ignore")
         set_verbosity_error()
