@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inverseq import attention, attention_varlen
 from inverseq.attention import attention_layout
 from inverseq.attention_sdpa import sdpa_attention
-from inverseq.attention_varlen import flash_attn_function, torch_varlen_function
+from inverseq.attention_varlen import flash_attn_function, torch_varlen_function, varlen_attention
 from tests.attention_oracle import (
     CONFIGS,
     flash_attn_double,
@@ -67,6 +68,22 @@ def test_torchs_double_has_the_signature_of_the_installed_torch():
             (p.name, p.kind, p.default) for p in double.values()
         ]
     assert "window_size" in installed and "return_aux" in installed and "scale" in installed
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("parents", [None, PREFIXED[1]])
+def test_the_installed_varlen_attn_takes_our_calls(parents, window):
+    """Without a kernel: its shapes for outputs, log-sum-exp and gradients, as its fake implementation states them."""
+    layout = attention_layout(make_pack(random_sequences(PREFIXED[0]), parents))
+    num_tokens = sum(layout.seqlens_q)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        heads = [torch.empty(1, count, num_tokens, 8, requires_grad=True) for count in (4, 2, 2)]
+        out = varlen_attention(torch_varlen_function(), *heads, layout, 0.3, window, None)
+        assert out.shape == (1, num_tokens, 4, 8)
+        gradients = torch.autograd.grad(out.sum(), heads)
+        assert [gradient.shape for gradient in gradients] == [head.shape for head in heads]
+        with torch.no_grad():
+            assert varlen_attention(torch_varlen_function(), *heads, layout, 0.3, window, None).shape == out.shape
 
 
 @pytest.mark.parametrize(("kernel", "name"), CASES)
