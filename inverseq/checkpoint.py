@@ -11,6 +11,7 @@ ones go only after the new one stands. What many processes write together is in 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import platform
@@ -35,6 +36,7 @@ from .checkpoint_files import (
     write_state,
     write_tensors,
 )
+from .distributed import Ranks
 
 __all__ = [
     "check_checkpoint",
@@ -143,8 +145,11 @@ def load_checkpoint(
     return engine_state, content["progress"]
 
 
-def check_checkpoint(path: Path | str) -> dict[str, Any]:
-    """The content of ``state.json`` after comparing size and checksum of every file; ValueError names a bad one."""
+def check_checkpoint(path: Path | str, ranks: Ranks | None = None) -> dict[str, Any]:
+    """The content of ``state.json`` after comparing size and checksum of every file; ValueError names a bad one.
+
+    Several ranks share the files and all raise what one of them finds.
+    """
     path = Path(path)
     state_file = path / STATE_FILE
     if not state_file.is_file():
@@ -158,21 +163,29 @@ def check_checkpoint(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"{state_file}: corrupt")
     if content["format"] != FORMAT:
         raise ValueError(f"{state_file}: format {content['format']}; this version reads format {FORMAT}")
-    for name, expected in content["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file}: missing; the checkpoint is corrupt")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{file}: corrupt ({file.stat().st_size} bytes instead of {expected['bytes']})")
-        if file_crc32(file) != expected["crc32"]:
-            raise ValueError(f"{file}: corrupt (its checksum is not the saved one)")
+    ranks = ranks or Ranks()
+    problems = [problem for name in ranks.share(list(content["files"])) if (problem := _problem(path, name, content))]
+    for problem in itertools.chain(*ranks.gather(problems)):
+        raise ValueError(problem)
     return content
 
 
-def check_or_offer_older(path: Path) -> dict[str, Any]:
+def _problem(path: Path, name: str, content: dict[str, Any]) -> str | None:
+    """What is wrong with a file of the checkpoint."""
+    file, expected = path / name, content["files"][name]
+    if not file.is_file():
+        return f"{file}: missing; the checkpoint is corrupt"
+    if file.stat().st_size != expected["bytes"]:
+        return f"{file}: corrupt ({file.stat().st_size} bytes instead of {expected['bytes']})"
+    if file_crc32(file) != expected["crc32"]:
+        return f"{file}: corrupt (its checksum is not the saved one)"
+    return None
+
+
+def check_or_offer_older(path: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     """``check_checkpoint``; its error also says which older checkpoint is complete."""
     try:
-        return check_checkpoint(path)
+        return check_checkpoint(path, ranks)
     except ValueError as error:
         epoch = checkpoint_epoch(path)
         older = [p for p in list_checkpoints(path.parent.parent) if checkpoint_epoch(p) < epoch]

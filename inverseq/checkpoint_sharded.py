@@ -139,7 +139,7 @@ def load_named_checkpoint(path: Path | str, *, names: Sequence[str], ranks: Rank
     complete checkpoint, and says so when the checkpoint is of other weights.
     """
     path = Path(path)
-    content = check_or_offer_older(path)
+    content = check_or_offer_older(path, ranks)
     if content.get("layout") != LAYOUT:
         read, num_updates = _read_whole(path, names)
         own = RNG_FILE

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from .chat import ChatRenderer, load_chat_template, load_principle
 from .checkpoint import check_or_offer_older, checkpoint_epoch, latest_checkpoint
 from .config import Config, ModelConfig
+from .distributed import Ranks
 from .lora import check_lora
 from .model import resolve_device
 from .packing import write_pack
@@ -69,12 +70,15 @@ class Resolved(ResolvedModels):
     test_prompts: Sequence[RenderedPrompt]  # empty unless evaluation.every is set
 
 
-def resolve(config: Config, *, resume: bool = False) -> Resolved:
-    """Check a configuration against the world; ValueError names the key, the value and what was expected."""
+def resolve(config: Config, *, resume: bool = False, ranks: Ranks | None = None) -> Resolved:
+    """Check a configuration against the world; ValueError names the key, the value and what was expected.
+
+    ``ranks`` share the work of checking a checkpoint; without them this process does it alone.
+    """
     run_dir = check_run_directory(config, resume=resume)
     check_environment(config)
     if resume:
-        check_resumable(config, run_dir)
+        check_resumable(config, run_dir, ranks)
     models = resolve_models(config)
     prompts, read_report = load_stream(config, models.renderer)
     logger.info("%s", read_report)
@@ -130,12 +134,12 @@ def resolve_models(config: Config) -> ResolvedModels:
     )
 
 
-def check_resumable(config: Config, run_dir: Path) -> None:
+def check_resumable(config: Config, run_dir: Path, ranks: Ranks | None = None) -> None:
     """Raise ValueError when the newest checkpoint is damaged or is of a later epoch than the run shall have."""
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         return
-    check_or_offer_older(checkpoint)
+    check_or_offer_older(checkpoint, ranks)
     if checkpoint_epoch(checkpoint) > config.epochs:
         raise ValueError(f"epochs={config.epochs}: the run has finished epoch {checkpoint_epoch(checkpoint)} already")
 

@@ -60,7 +60,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
 def train_ranks(config: Config, ranks: Ranks, *, resume: bool) -> Path:
     """``train`` as one of several processes."""
-    resolved = resolve(config, resume=resume)
+    resolved = resolve(config, resume=resume, ranks=ranks)
     ranks.barrier()  # a rank that is ahead must not write what another one still checks
     checkpoint = latest_checkpoint(resolved.run_dir) if resume else None
     state = build_state(resolved, ranks)

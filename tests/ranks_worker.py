@@ -102,6 +102,24 @@ def nothing_else_is_partitioned(config: Config, ranks: Ranks, job: dict) -> None
     state.engine.release_full_model()
 
 
+def a_damaged_part_is_found_by_all(config: Config, ranks: Ranks, job: dict) -> None:
+    """Each rank checks some files of a checkpoint; all name the one that is bad before anything is loaded."""
+    run_dir = Path(config.run_dir)
+    if ranks.is_main:
+        cut_back(Path(job["copy"]), run_dir, num_epochs=2)
+        for part in (run_dir / "checkpoints/epoch_0002").glob("state_0001_*"):
+            content = bytearray(part.read_bytes())
+            content[len(content) // 2] ^= 1
+            part.write_bytes(content)
+    ranks.barrier()
+    try:
+        resolve(config, resume=True, ranks=ranks)
+    except ValueError as error:
+        assert "state_0001_000.safetensors: corrupt" in str(error) and "epoch_0001 is complete" in str(error), error
+    else:
+        raise AssertionError("the damage was not found")
+
+
 def a_wrong_copy_is_noticed(config: Config, ranks: Ranks, job: dict) -> None:
     """A gathered copy that is not the trained model stops the run before anything is sampled from it."""
     state, _ = state_of(config, ranks, job)
