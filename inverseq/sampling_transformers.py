@@ -136,6 +136,8 @@ class TransformersSampler:
             ),
         )
         use_paged_attention(self.model)
+        if not hasattr(manager, "num_return_sequences"):  # an older release, which cannot fork
+            groups = [[index] for index in range(len(prompts))]
         waiting: dict[str, int] = {}
         for first, *others in sorted(groups, key=lambda group: -len(prompts[group[0]].policy_ids)):
             manager.num_return_sequences = 1 + len(others)
