@@ -41,7 +41,8 @@ def answered_once(samples, prompts) -> bool:
 def test_an_answer_that_fails_is_asked_for_again(tmp_path, proxy, fault):
     trainer = Trainer(tmp_path, proxy.root, retries=3)
     trainer.sync(1)
-    trainer.sampler.config = dataclasses.replace(trainer.sampler.config, timeout_s=1.5)  # the first answer is slower
+    if isinstance(fault, Fault) and fault.silence_s:  # the first answer would be slower than this
+        trainer.sampler.config = dataclasses.replace(trainer.sampler.config, timeout_s=1.5)
     proxy.plan = {2: fault, 4: fault, 5: fault}  # request 0 was the probe
     prompts = make_prompts(7)
     announced = []
@@ -157,16 +158,17 @@ def test_a_server_that_stays_away_stops_the_run(tmp_path):
     with FaultProxy(shared_server().root) as proxy:
         trainer = Trainer(tmp_path, proxy.root, wait_s=1.0, concurrency=1)
         trainer.sync(0)
-        finished = trainer.sampler.generate(make_prompts(6), seed=0)
+        proxy.delay_s = 0.3
+        finished = trainer.sampler.generate(make_prompts(20), seed=0)
         next(finished)
         proxy.target = f"http://127.0.0.1:{free_port()}"
         proxy.__exit__()  # nobody listens any more
         started = time.monotonic()
         with pytest.raises(
-            ServerError, match=r"still away after sampling.server.wait_s=1 seconds, \d of 6 prompts are"
+            ServerError, match=r"still away after sampling.server.wait_s=1 seconds, \d+ of 20 prompts are"
         ):
             list(finished)
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
 
 
 def test_a_real_server_that_is_killed_in_a_batch_and_started_again_loses_nothing(tmp_path):

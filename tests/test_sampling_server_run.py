@@ -131,7 +131,9 @@ def test_the_next_epoch_may_be_sampled_while_this_one_trains(inputs, tmp_path, p
         return train_step(self, step)
 
     monkeypatch.setattr(TorchEngine, "train_step", slow_step)
-    more = ("sampling.ahead=true", "epochs=3", "evaluation.every=1", "sampling.server.concurrency=1")
+    proxy.delay_s = 0.1
+    more = ("sampling.ahead=true", "epochs=3", "sampling.server.concurrency=1")
+    more += ("evaluation.every=1", "evaluation.num_prompts=1")
     run_dir = train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, *more)))
     steps = []
     for epoch in (1, 2, 3):
@@ -141,6 +143,7 @@ def test_the_next_epoch_may_be_sampled_while_this_one_trains(inputs, tmp_path, p
     assert steps == [0, 0, 2]
     assert [row["weights_lag_steps"] for row in rows(run_dir, "epoch")] == [0, 0, 2, 2]
     assert arrived[0] > 0 and arrived[2] > 0 and arrived[4] == 0  # nothing is drawn behind the last epoch
+    proxy.delay_s = 0.0
     other = train(load_config("demo", overrides(inputs, tmp_path / "other", proxy, "epochs=3")))
     for epoch in (1, 2, 3):
         ours, theirs = (
