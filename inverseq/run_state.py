@@ -102,10 +102,6 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     config = resolved.config
     placement = place_run(resolved, world_size=ranks.world_size)  # ValueError when it cannot fit
     kind = engine_kind(config, placement, ranks)
-    if config.sampling.overlap and placement.frozen == "sharded":
-        raise ValueError("sampling.overlap=True: expected False with frozen models that are sharded over ranks")
-    if config.contrast.refresh_every and placement.frozen == "sharded":
-        raise ValueError("contrast.refresh_every: expected 0 with frozen models that are sharded over ranks")
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
@@ -123,20 +119,7 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
         weights_dir=resolved.run_dir / "weights",
         is_main=ranks.is_main,
     )
-    updates = config.epochs * len(step_sizes(config.sampling.samples_per_epoch, config.optim.samples_per_step))
-    if kind == "torch":
-        engine = TorchEngine(policy, config.optim, updates)
-    else:
-        engine = DeepSpeedEngine(
-            policy,
-            config.optim,
-            updates,
-            ranks=ranks,
-            zero_stage=placement.zero_stage,
-            offload_optimizer=placement.offload_optimizer,
-            offload_parameters=placement.offload_parameters,
-            probe=resolved.probe_pack(),
-        )
+    engine = make_engine(kind, policy, resolved, ranks, placement)
     return State(
         config=config,
         ranks=ranks,
@@ -159,6 +142,24 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     )
 
 
+def make_engine(kind: str, policy: Policy, resolved: Resolved, ranks: Ranks, placement: Placement) -> Engine:
+    """The engine that trains the policy, by its ``engine_kind``."""
+    config = resolved.config
+    updates = config.epochs * len(step_sizes(config.sampling.samples_per_epoch, config.optim.samples_per_step))
+    if kind == "torch":
+        return TorchEngine(policy, config.optim, updates)
+    return DeepSpeedEngine(
+        policy,
+        config.optim,
+        updates,
+        ranks=ranks,
+        zero_stage=placement.zero_stage,
+        offload_optimizer=placement.offload_optimizer,
+        offload_parameters=placement.offload_parameters,
+        probe=resolved.probe_pack(),
+    )
+
+
 def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
     """ "torch" or "deepspeed"; ValueError when the one that is asked for cannot do what is asked of it."""
     needs = {
@@ -171,6 +172,12 @@ def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
     reasons = [need for need, is_needed in needs.items() if is_needed]
     if asked == "torch" and reasons:
         raise ValueError(f"engine.kind='torch': runs in one process without offload; {reasons[0]} needs deepspeed")
+    if placement.frozen == "sharded":
+        message = "expected {} with frozen models that are sharded over ranks"
+        if config.sampling.overlap:
+            raise ValueError(f"sampling.overlap=True: {message.format('false')}")
+        if config.contrast.refresh_every:
+            raise ValueError(f"contrast.refresh_every={config.contrast.refresh_every}: {message.format(0)}")
     kind = asked if asked != "auto" else "deepspeed" if reasons else "torch"
     if kind == "deepspeed" and config.policy.lora.rank:
         raise ValueError(
