@@ -25,6 +25,7 @@ from tests.judge_server import (
     results,
     shown_answers,
     summary_of,
+    write_answers,
     write_two_models,
 )
 
@@ -213,6 +214,19 @@ def test_a_judge_that_never_gives_a_verdict_is_an_error_and_its_words_are_kept(f
     assert "none of 24 answers of the judge holds a readable verdict" in capsys.readouterr().err
     rows = read_verdicts([results(files) / "verdicts.jsonl"])
     assert len(rows) == 24 and {(row.raw, row.verdict) for row in rows} == {("Both have merits.", None)}
+
+
+def test_ties_of_equal_answers_do_not_hide_a_judge_without_verdicts(tmp_path, capsys):
+    texts = {1: "same", 2: "longer one"}, {1: "same", 2: "short"}
+    files = [
+        write_answers(tmp_path / f"{name}.jsonl", name, text) for name, text in zip(("new", "old"), texts, strict=True)
+    ]
+    with JudgeServer(lambda text, number: "Both have merits.") as server:
+        assert judge(files, server.url) == 1
+        assert "none of 2 answers of the judge holds a readable verdict" in capsys.readouterr().err
+        options = ["--judge", "stand-in", "--base-url", server.url, "--yes", "--out", str(tmp_path / "out")]
+        assert main(["tournament", *files, *options]) == 1
+        assert "none of 2 answers of the judge holds a readable verdict" in capsys.readouterr().err
 
 
 def test_the_budget_is_checked_before_and_kept_during_the_run(files, monkeypatch, capsys):

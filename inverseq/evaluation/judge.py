@@ -28,7 +28,16 @@ from .plots import draw_bars, save_plot
 from .readers import Pair, pair_up, read_responses
 from .verdicts import load_judge_prompt, parse_verdict, render_comparison
 
-__all__ = ["Comparison", "Judged", "add_judge_arguments", "add_parser", "judge_comparisons", "run", "save_verdicts"]
+__all__ = [
+    "Comparison",
+    "Judged",
+    "add_judge_arguments",
+    "add_parser",
+    "judge_comparisons",
+    "nothing_read",
+    "run",
+    "save_verdicts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +144,7 @@ def run(args: argparse.Namespace) -> Outcome:
     write_json(files[1], summary)
     if summary["num_counted"]:
         files += save_plot(out / "win_rate.png", [bar_row(f"{a.model}\nagainst {b.model}", summary)], draw_bars)
-    elif not judged.problem:
-        judged.problem = f"none of {len(judged.verdicts)} answers of the judge holds a readable verdict; see {files[0]}"
-    return Outcome(summary, describe(summary), files, judged.problem)
+    return Outcome(summary, describe(summary), files, judged.problem or nothing_read(judged, files[0]))
 
 
 def sample_pairs(pairs: list[Pair], limit: int, seed: int) -> list[Pair]:
@@ -274,6 +281,14 @@ def problem_of(answers: Answers, num_planned: int) -> str:
         return ""
     reason = answers.stopped or next(iter(answers.failures.values()), "")
     return f"{missing} of {num_planned} questions have no answer ({reason}); the same command asks only those"
+
+
+def nothing_read(judged: Judged, path: Path) -> str:
+    """The problem of a judge of whose answers none holds a readable verdict; empty when one does, or there is none."""
+    asked = [verdict for verdict in judged.verdicts if verdict.raw != EQUAL]
+    if not asked or any(verdict.verdict for verdict in asked):
+        return ""
+    return f"none of {len(asked)} answers of the judge holds a readable verdict; see {path}"
 
 
 def save_verdicts(out: Path, judged: Judged) -> None:

@@ -22,6 +22,7 @@ from .judge import (
     add_judge_arguments,
     bar_row,
     judge_comparisons,
+    nothing_read,
     sample_pairs,
     save_verdicts,
     settings_of,
@@ -67,15 +68,15 @@ def run(args: argparse.Namespace) -> Outcome:
         data["pairs"].append({"a": a, "b": b, **summarize(played, differences, seed=args.seed)})
     written = [out / "verdicts.jsonl"]
     bars = [bar_row(f"{pair['a']}\nagainst {pair['b']}", pair) for pair in data["pairs"] if pair["num_counted"]]
-    text, problem = describe_pairs(data["pairs"]), judged.problem
+    text, problem = describe_pairs(data["pairs"]), ""
     if bars:
         written += save_plot(out / "win_rate.png", bars, draw_bars)
         try:
             ratings, paths = save_ratings(out, matches, args)
             data["elo"], written, text = ratings, written + paths, f"{text}\n{describe_ratings(ratings)}"
         except ValueError as error:  # the verdicts are there, and the user can judge more
-            problem = problem or str(error)
-    problem = problem or ("" if bars else f"no answer of the judge holds a readable verdict; see {written[0]}")
+            problem = str(error)
+    problem = judged.problem or nothing_read(judged, written[0]) or problem
     written.append(write_outcome(out / "tournament.json", data))
     return Outcome(data, text, written, problem)
 
