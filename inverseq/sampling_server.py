@@ -125,7 +125,7 @@ class ServerSampler:
             ) as batch:
                 for index, outcome in batch.outcomes(self.closing):
                     if isinstance(outcome, ServerLost):
-                        lost = outcome
+                        lost = lost or outcome  # the first is the cause, the others were not sent
                         continue
                     if isinstance(outcome, Exception):
                         raise self.given_up(prompts[index], len(waiting), len(prompts), outcome) from outcome

@@ -154,7 +154,7 @@ def test_a_gateway_that_hides_a_restart_is_found_out_before_the_samples_are_used
         sample_responses(trainer.sampler, make_prompts(4), seed=0)
 
 
-def test_a_server_that_stays_away_stops_the_run(tmp_path):
+def test_a_server_that_stays_away_stops_the_run(tmp_path, caplog):
     with FaultProxy(shared_server().root) as proxy:
         trainer = Trainer(tmp_path, proxy.root, wait_s=1.0, concurrency=1)
         trainer.sync(0)
@@ -169,6 +169,7 @@ def test_a_server_that_stays_away_stops_the_run(tmp_path):
         ):
             list(finished)
         assert time.monotonic() - started < 60
+        assert "lost the connection" in caplog.text and "nothing is sent after" not in caplog.text
 
 
 def test_a_real_server_that_is_killed_in_a_batch_and_started_again_loses_nothing(tmp_path):
