@@ -74,6 +74,12 @@ def test_llama_2_7b_on_one_80_gb_gpu_keeps_its_optimizer_on_the_host():
     assert "100.4 of the host's 59.6 GiB" in problem and "take 2 such GPUs" in problem
 
 
+def test_the_ranks_of_a_host_share_its_memory():
+    asked = job(LLAMA_7B, "8x80GB+64GB", "engine.frozen=host", "engine.offload_optimizer=none")
+    assert "100.4 of the host's 59.6 GiB" in problem_of(asked, plan_placement(asked))  # a whole copy for each of 8
+    assert choice(job(LLAMA_7B, "8x80GB+128GB", "engine.frozen=host", "engine.offload_optimizer=none"))[2] == "host"
+
+
 def test_the_small_model_runs_whole_on_a_cpu_and_on_one_gpu():
     assert choice(job(SMOLLM2, cpu(16))) == choice(job(SMOLLM2, "1x24GB")) == (0, 0, "replicated", False)
     assert choice(job(SMOLLM2, cpu(32, ranks=2))) == (1, 0, "replicated", False)
