@@ -84,6 +84,8 @@ def choose_backend(backend: str, needs: AttentionNeeds) -> str:
     if chosen in ("flex", "sdpa") and reasons:
         skipped = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         _warn_once(f"packed attention takes the slower {chosen} ({skipped})")
+    if chosen == "varlen" and reasons and "not installed" not in reasons["flash_attn"]:
+        _warn_once(f"packed attention takes torch's kernels: {reasons['flash_attn']}")
     if needs.device_type == "cuda" and chosen != "sdpa":
         _warn_once(f"attention through {chosen} has never been verified on a CUDA device by this project")
     return chosen

@@ -122,8 +122,8 @@ def test_auto_takes_the_fastest_backend_that_serves(monkeypatch, change, without
     choose_backend.cache_clear()
 
 
-def refuse():
-    raise ValueError("flash-attn is not installed")
+def refuse(reason=None):
+    raise ValueError(reason or "flash-attn is not installed")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,17 @@ def test_a_slower_backend_is_said_once(caplog):
     assert len(messages) == 2
     assert "slower flex" in messages[0] and "cannot cap" in messages[0]
     assert "flex has never been verified on a CUDA device" in messages[1]
+
+
+def test_a_flash_attn_that_is_installed_and_cannot_be_used_is_said(monkeypatch, caplog):
+    for reason, said in (("flash-attn cannot be imported: undefined symbol", True), (None, False)):
+        monkeypatch.setattr(attention, "flash_attn_function", lambda reason=reason: refuse(reason))
+        attention._warn_once.cache_clear()
+        choose_backend.cache_clear()
+        caplog.clear()
+        assert choose_backend("auto", CUDA) == "varlen"
+        assert any("undefined symbol" in record.getMessage() for record in caplog.records) == said
+    choose_backend.cache_clear()
 
 
 def test_a_forced_backend_is_checked_before_weights_are_read_and_then_used(tmp_path):
