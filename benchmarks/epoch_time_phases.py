@@ -55,6 +55,8 @@ class Measurements:
         """The result of ``work``, whose time and memory are added; None when memory ran out."""
         entry = self.phases.setdefault((phase, variant), Measured())
         gc.collect()
+        if any(other.failure for other in self.phases.values()) and device.type == "cuda":
+            torch.cuda.empty_cache()  # what a failed side left in pieces; else the cache is kept, as in training
         reset_peak(device)
         synchronize(device)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -79,7 +81,6 @@ def synchronize(device: torch.device) -> None:
 def reset_peak(device: torch.device) -> None:
     """Forget the peak so far; without effect where the system has no such switch."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
