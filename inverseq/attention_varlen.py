@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .attention_layout import AttentionLayout
 
-__all__ = ["flash_attn_function", "torch_varlen_function", "varlen_attention"]
+__all__ = ["Lengths", "flash_attn_function", "torch_varlen_function", "varlen_attention"]
 
 FLASH_ATTN_ARGUMENTS = (
     "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .attention_varlen import Lengths, torch_varlen_function
+
 __all__ = ["PAGED_ATTENTION_NAME", "paged_attention_is_supported"]
 
 logger = logging.getLogger(__name__)
@@ -96,20 +98,12 @@ def _causal_mask(len_q: int, len_k: int, window: int | None, device) -> Tensor:
 
 
 def _varlen(query, key, value, cu_seqlens: tuple[Tensor, Tensor], lengths: tuple[int, int], scaling, window) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     _warn_never_verified()
-    # torch 2.10 takes is_causal, later releases express it as a window; (W − 1, 0) sees W keys.
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        causal = {"window_size": (window - 1 if window else -1, 0)}
-    elif window and lengths[1] > window:
-        raise ValueError(f"sequences longer than the sliding window {window} need a newer torch")
-    else:
-        causal = {"is_causal": True}
-    if query.shape[1] != key.shape[1]:
-        causal["enable_gqa"] = True
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, head size]
-    return varlen_attn(*rows, *cu_seqlens, *lengths, scale=scaling, **causal)[None]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = window if window and lengths[1] > window else None
+    options = {"causal": True, "window": window, "scaling": scaling, "softcap": 0.0}
+    return torch_varlen_function()(*rows, Lengths(*cu_seqlens, *lengths), **options)[0][None]
 
 
 @functools.cache

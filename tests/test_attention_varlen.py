@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inverseq import attention, attention_varlen
+from inverseq import attention, attention_varlen, sampling_attention
 from inverseq.attention import attention_layout
 from inverseq.attention_sdpa import sdpa_attention
 from inverseq.attention_varlen import flash_attn_function, torch_varlen_function, varlen_attention
@@ -160,6 +160,21 @@ def test_scores_are_scaled_as_the_model_says(monkeypatch, kernel):
     layout = attention_layout(make_pack(random_sequences([4, 5])))
     actual = attention.packed_attention(torch.nn.Module(), *heads, None, scaling=0.9, layout=layout)[0]
     expected = sdpa_attention(*heads, layout, 0.9, None, None)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("version", ["2.11", "2.13"])
+def test_the_samplers_cuda_path_equals_its_cpu_path(monkeypatch, version, window):
+    use(monkeypatch, version)
+    generator = torch.Generator().manual_seed(6)
+    query, key, value = (
+        torch.randn(1, count, tokens, 8, generator=generator) for count, tokens in ((4, 6), (2, 14), (2, 14))
+    )
+    bounds = ([0, 1, 5, 6], [0, 4, 9, 14])
+    expected = sampling_attention._per_sequence(query, key, value, *bounds, 0.4, window)
+    on_device = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)
+    actual = sampling_attention._varlen(query, key, value, on_device, (4, 5), 0.4, window)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
