@@ -156,8 +156,9 @@ def test_a_gateway_that_hides_a_restart_is_found_out_before_the_samples_are_used
 
 def test_a_server_that_stays_away_stops_the_run(tmp_path, caplog):
     with FaultProxy(shared_server().root) as proxy:
-        trainer = Trainer(tmp_path, proxy.root, wait_s=1.0, concurrency=1)
+        trainer = Trainer(tmp_path, proxy.root, concurrency=1)
         trainer.sync(0)
+        trainer.sampler.config = dataclasses.replace(trainer.sampler.config, wait_s=1.0)
         proxy.delay_s = 0.3
         finished = trainer.sampler.generate(make_prompts(20), seed=0)
         next(finished)
