@@ -9,6 +9,7 @@ again, has been checked against the trainer (``recheck``) and, if it fails that,
 anew. No answer that is accepted began in between.
 
 Responses depend on the server's own randomness: equal seeds give equal responses only where the server promises that.
+A sample records the seed of the call, by which a replay finds it; a request's own follows from it (``request_of``).
 """
 
 from __future__ import annotations
