@@ -299,11 +299,11 @@ def write_plot(rows: Sequence[dict], path: Path, title: str, clock: str = "ms") 
 
     rows = [row for row in rows if row["measured"]]
     rungs = [row for row in rows if row["op"] == "epoch_time split"]
-    figure, axes = plt.subplots(1, 2 if rungs else 1, figsize=(13 if rungs else 7, 4.8), squeeze=False)
+    figure, axes = plt.subplots(1, 2 if rungs else 1, figsize=(13 if rungs else 9, 4.8), squeeze=False)
     draw_phases(axes[0, 0], [row for row in rows if row["op"] == "epoch_time" and row["ms"] is not None], clock)
     if rungs:
         draw_split(axes[0, 1], rungs, clock)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9 if rungs else 8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
