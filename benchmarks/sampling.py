@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -340,7 +341,7 @@ def facts(arguments: argparse.Namespace, bench: Bench) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "measured": True,
-        "command": "python benchmarks/sampling.py " + " ".join(sys.argv[1:]),
+        "command": command_line(sys.argv[1:]),
         "commit": commit(),
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -353,6 +354,12 @@ def facts(arguments: argparse.Namespace, bench: Bench) -> dict:
         "prompt_tokens": sum(len(prompt.policy_ids) for prompt in bench.prompts),
         "reps": 1,
     }
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command of this run, without the place of its rows."""
+    out = words.index("--out") if "--out" in words else len(words)
+    return shlex.join(["python", "benchmarks/sampling.py", *words[:out], *words[out + 2 :]])
 
 
 def cpu_name() -> str:
