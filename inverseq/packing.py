@@ -178,8 +178,8 @@ def write_pack(
     With ``share_prefix`` the tokens that all sequences of a view begin with are emitted once in front of them, and the
     sequences continue it (``parent_seq``); each keeps at least the last token of its prompt, whose row predicts the
     first response token. The last of several views is left whole: the policy reads it whole when it trains, and 16-bit
-    attention rounds alike only when it runs alike. No samples make a dummy pack. The ids are checked on the host to be in
-    ``range(num_valid_vocab)`` (None: not negative).
+    attention rounds alike only when it runs alike. No samples make a dummy pack. The ids are checked on the host to be
+    in ``range(num_valid_vocab)`` (None: not negative).
 
     Raises ValueError naming the sample for an empty response, nothing before a response, or an id out of range.
     """
