@@ -273,9 +273,5 @@ def _contrast(
             bias_l,
             token_ids,
             alphas,
-            softcap,
-            temperature,
-            valid,
-            workspace_bytes,
-            backend,
+            *(softcap, temperature, valid, workspace_bytes, backend),
         )

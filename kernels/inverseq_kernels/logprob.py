@@ -204,9 +204,7 @@ def linear_logprob(
         weight,
         bias,
         token_ids,
-        *(softcap, temperature, valid),
-        bool(return_entropy),
-        workspace_bytes,
+        *(softcap, temperature, valid, bool(return_entropy), workspace_bytes),
         backends.choose_backend(backend, backends.LOGPROB, hidden),
     )
     return (logprobs, entropy) if return_entropy else logprobs

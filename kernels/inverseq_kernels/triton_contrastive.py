@@ -9,16 +9,15 @@ at alpha 1; |alpha| < 2**-40 is read as 2**-40, exact at alpha 0. The other orde
 A softcap, or several alphas, need z_w and z_l apart: two accumulators in smaller tiles, and every alpha
 of a sweep is mixed from the same two tiles.
 
-Left out: argument checks and the custom operation (contrastive.py); the reference formula is there too.
+Left out: argument checks and the custom operation (contrastive.py); the reference formula is there too. The kernels
+are in triton_contrast.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
@@ -31,168 +30,8 @@ from inverseq_kernels.triton_blocks import (
     choose_blocks,
     is_aligned,
 )
-from inverseq_kernels.triton_common import (
-    add_dots,
-    cap,
-    combine,
-    in_dtype_of,
-    load_bias,
-    on_device,
-    row_statistics,
-    rows_within,
-    store_label,
-    tile_position,
-    tile_source,
-)
-from inverseq_kernels.triton_compile import (
-    DTYPES,
-    CompileCase,
-    combine_case,
-    compile_case,
-)
-
-SMALLEST_ALPHA = tl.constexpr(2.0**-40)
-
-
-@triton.jit
-def _store_statistics(maxima, totals, logits, one_set, rows, row_mask, num_rows, word_block, num_word_blocks):
-    """Leave one set's softmax statistics of a tile."""
-    maximum, total = row_statistics(logits)
-    at = ((tl.zeros([], dtype=tl.int64) + one_set) * num_word_blocks + word_block) * num_rows + rows
-    tl.store(maxima + at, maximum, mask=row_mask)
-    tl.store(totals + at, total, mask=row_mask)
-
-
-@triton.jit
-def contrast_kernel(
-    hidden_w,  # [A, D_w] or its descriptor
-    weight_w,  # [V, D_w] or its descriptor
-    bias_w,  # [V]
-    hidden_l,  # [A, D_l] or its descriptor
-    weight_l,  # [V, D_l] or its descriptor
-    bias_l,  # [V]
-    token_ids,  # [A] int64
-    alphas,  # [A] or [1] fp32
-    maxima,  # [2, word blocks, A] fp32 out: mixed, plain
-    totals,  # [2, word blocks, A] fp32 out
-    labels,  # [2, A] fp32 out
-    num_rows,
-    num_valid,
-    dim_w,
-    dim_l,
-    alpha_row_stride,
-    inverse_temperature,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    EVEN_DIM: tl.constexpr,
-    TMA: tl.constexpr,
-    HAS_BIAS_W: tl.constexpr,
-    HAS_BIAS_L: tl.constexpr,
-):
-    """One accumulator for both heads: statistics of c and of z_l for a tile."""
-    num_word_blocks = tl.cdiv(num_valid, WORDS)
-    row_block, word_block = tile_position(tl.cdiv(num_rows, ROWS), num_word_blocks, GROUP_ROWS)
-    row_start, word_start = row_block * ROWS, word_block * WORDS
-    rows = row_start + tl.arange(0, ROWS)
-    row_mask = rows < num_rows
-    sums = tl.zeros([ROWS, WORDS], dtype=tl.float32)
-    sums = add_dots(
-        sums, hidden_l, weight_l, row_start, word_start, num_rows, num_valid, dim_l, ROWS, WORDS, DIM, EVEN_DIM, TMA
-    )
-    finite, present_l = load_bias(bias_l, word_start, num_valid, WORDS, HAS_BIAS_L)
-    if HAS_BIAS_L:
-        sums += finite[None, :]
-    # In place, so that one tile is alive: words without a logit hold garbage later and are masked again.
-    sums = tl.where(present_l[None, :], sums * inverse_temperature, float("-inf"))
-    _store_statistics(maxima, totals, sums, 1, rows, row_mask, num_rows, word_block, num_word_blocks)
-    store_label(labels + tl.cast(num_rows, tl.int64), sums, token_ids, rows, row_mask, word_start, WORDS)
-    alpha = tl.load(alphas + rows.to(tl.int64) * alpha_row_stride, mask=row_mask, other=1.0)
-    alpha = tl.where(tl.abs(alpha) < SMALLEST_ALPHA, SMALLEST_ALPHA, alpha)
-    sums = sums * ((1.0 - alpha) / (alpha * inverse_temperature))[:, None]
-    sums = add_dots(
-        sums, hidden_w, weight_w, row_start, word_start, num_rows, num_valid, dim_w, ROWS, WORDS, DIM, EVEN_DIM, TMA
-    )
-    finite, present = load_bias(bias_w, word_start, num_valid, WORDS, HAS_BIAS_W)
-    if HAS_BIAS_W:
-        sums += finite[None, :]
-    if HAS_BIAS_L:
-        _, present_l = load_bias(bias_l, word_start, num_valid, WORDS, HAS_BIAS_L)
-        present = present & present_l
-    sums = tl.where(present[None, :], sums * (alpha * inverse_temperature)[:, None], float("-inf"))
-    _store_statistics(maxima, totals, sums, 0, rows, row_mask, num_rows, word_block, num_word_blocks)
-    store_label(labels, sums, token_ids, rows, row_mask, word_start, WORDS)
-
-
-@triton.jit
-def contrast_pair_kernel(
-    hidden_w,  # [A, D_w] or its descriptor
-    weight_w,  # [V, D_w] or its descriptor
-    bias_w,  # [V]
-    hidden_l,  # [A, D_l] or its descriptor
-    weight_l,  # [V, D_l] or its descriptor
-    bias_l,  # [V]
-    token_ids,  # [A] int64
-    alphas,  # [K, A] or [K, 1] fp32
-    maxima,  # [K + 1, word blocks, A] fp32 out: each alpha, then plain
-    totals,  # [K + 1, word blocks, A] fp32 out
-    labels,  # [K + 1, A] fp32 out
-    num_rows,
-    num_valid,
-    dim_w,
-    dim_l,
-    num_alphas,
-    alpha_set_stride,
-    alpha_row_stride,
-    softcap,
-    inverse_temperature,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    EVEN_DIM: tl.constexpr,
-    TMA: tl.constexpr,
-    HAS_BIAS_W: tl.constexpr,
-    HAS_BIAS_L: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """Two accumulators: statistics of z_l and of the mixture under every alpha for a tile."""
-    num_word_blocks = tl.cdiv(num_valid, WORDS)
-    row_block, word_block = tile_position(tl.cdiv(num_rows, ROWS), num_word_blocks, GROUP_ROWS)
-    row_start, word_start = row_block * ROWS, word_block * WORDS
-    rows = row_start + tl.arange(0, ROWS)
-    row_mask = rows < num_rows
-    plain = tl.zeros([ROWS, WORDS], dtype=tl.float32)
-    plain = add_dots(
-        plain, hidden_l, weight_l, row_start, word_start, num_rows, num_valid, dim_l, ROWS, WORDS, DIM, EVEN_DIM, TMA
-    )
-    better = tl.zeros([ROWS, WORDS], dtype=tl.float32)
-    better = add_dots(
-        better, hidden_w, weight_w, row_start, word_start, num_rows, num_valid, dim_w, ROWS, WORDS, DIM, EVEN_DIM, TMA
-    )
-    finite_l, present_l = load_bias(bias_l, word_start, num_valid, WORDS, HAS_BIAS_L)
-    finite_w, present_w = load_bias(bias_w, word_start, num_valid, WORDS, HAS_BIAS_W)
-    if HAS_BIAS_L:
-        plain += finite_l[None, :]
-    if HAS_BIAS_W:
-        better += finite_w[None, :]
-    plain = cap(plain, softcap, HAS_SOFTCAP) * inverse_temperature
-    better = cap(better, softcap, HAS_SOFTCAP) * inverse_temperature
-    present = present_l & present_w
-    for one_set in range(0, num_alphas):
-        set_start = tl.zeros([], dtype=tl.int64) + one_set
-        alpha = tl.load(
-            alphas + set_start * alpha_set_stride + rows.to(tl.int64) * alpha_row_stride, mask=row_mask, other=1.0
-        )
-        mixed = alpha[:, None] * better + (1.0 - alpha)[:, None] * plain
-        mixed = tl.where(present[None, :], mixed, float("-inf"))
-        _store_statistics(maxima, totals, mixed, one_set, rows, row_mask, num_rows, word_block, num_word_blocks)
-        store_label(labels + set_start * num_rows, mixed, token_ids, rows, row_mask, word_start, WORDS)
-    plain = tl.where(present_l[None, :], plain, float("-inf"))
-    _store_statistics(maxima, totals, plain, num_alphas, rows, row_mask, num_rows, word_block, num_word_blocks)
-    set_start = tl.zeros([], dtype=tl.int64) + num_alphas
-    store_label(labels + set_start * num_rows, plain, token_ids, rows, row_mask, word_start, WORDS)
+from inverseq_kernels.triton_common import combine, in_dtype_of, on_device, rows_within, tile_source
+from inverseq_kernels.triton_contrast import contrast_kernel, contrast_pair_kernel
 
 
 def contrastive_forward(
@@ -352,60 +191,3 @@ def _launch(
         )
     else:
         contrast_kernel[grid](*common, row_stride, inverse_temperature, **shared)
-
-
-def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
-    """Every configuration that a launch on this capability can choose, with few and with all features."""
-    cases = [
-        combine_case("contrastive", write_lse=partial, has_moment=False, partial=partial) for partial in (False, True)
-    ]
-    for dtype in dtypes:
-        for op in (CONTRAST, CONTRAST_PAIR):
-            for aligned in (True, False):
-                blocks = choose_blocks(op, capability, DTYPES[dtype], aligned)
-                for full in (False, True):
-                    cases.append(_case(op, dtype, blocks, aligned=aligned, full=full))
-    return cases
-
-
-def _case(op: str, dtype: str, blocks: Blocks, *, aligned: bool, full: bool) -> CompileCase:
-    """One kernel with neither or all of biases, softcap and a width that is no multiple of the block."""
-    tma = blocks.tma and aligned
-    pointers = {name: "*fp32" for name in ("alphas", "maxima", "totals", "labels")}
-    pointers["token_ids"] = "*i64"
-    for head in "wl":
-        for name, size in ((f"hidden_{head}", blocks.rows), (f"weight_{head}", blocks.words)):
-            pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if tma else f"*{dtype}"
-    constexprs = {
-        "ROWS": blocks.rows,
-        "WORDS": blocks.words,
-        "DIM": blocks.dim,
-        "GROUP_ROWS": blocks.group_rows,
-        "EVEN_DIM": aligned and not full,
-        "TMA": tma,
-        "HAS_BIAS_W": full,
-        "HAS_BIAS_L": full,
-    }
-    for name in ("bias_w", "bias_l"):
-        if full:
-            pointers[name] = f"*{dtype}"
-        else:
-            constexprs[name] = None
-    kernel = contrast_kernel
-    floats = ("inverse_temperature",)
-    if op == CONTRAST_PAIR:
-        kernel = contrast_pair_kernel
-        constexprs["HAS_SOFTCAP"] = full
-        floats = ("inverse_temperature", "softcap")
-    source = "tma" if tma else "aligned" if aligned else "unaligned"
-    name = f"{op} {dtype} {source} {'full' if full else 'plain'}"
-    return compile_case(
-        kernel,
-        name,
-        pointers=pointers,
-        floats=floats,
-        constexprs=constexprs,
-        blocks=blocks,
-        is_gemm=dtype != "fp32",
-        divisible=("dim_w", "dim_l") if aligned else (),
-    )
