@@ -155,7 +155,8 @@ def test_an_answer_that_must_not_be_trained_on_is_asked_for_again(run, fault):
 
 @pytest.mark.parametrize("fault", ["die", "hang"])
 def test_an_engine_that_is_lost_in_a_batch_is_started_again_with_the_same_weights(run, fault):
-    sampler = run({"faults": {"/generate": [None, fault]}}, timeout_s=3.0 if fault == "hang" else 20.0)
+    # Three are in flight at a time: the fourth is sent when one has been answered.
+    sampler = run({"faults": {"/generate": [None, None, None, fault]}}, timeout_s=3.0 if fault == "hang" else 20.0)
     sampler.policy.marker = 5  # the folder of all ranks holds other weights by now
     rechecks = []
     sampler.recheck = lambda: rechecks.append(sampler.engine.is_running)
