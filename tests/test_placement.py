@@ -102,6 +102,8 @@ def test_adapters_hold_the_base_once_and_run_in_one_process():
     both = job(LLAMA_7B, "1x80GB", "policy.lora.rank=64", plain=LLAMA_7B)
     parts = {part.name: part.num_bytes for part in estimate_memory(both, plan_placement(both))}
     assert "frozen model" not in parts and parts["frozen plain model"] == 2 * LLAMA_7B.num_parameters
+    # π_l is not moved to the host for it
+    assert choice(job(LLAMA_7B, "1x48GB", "policy.lora.rank=64", plain=LLAMA_7B)) == (0, 0, "replicated", True)
 
 
 @pytest.mark.parametrize("hardware", ["8x80GB", "2x80GB", "1x80GB", "4x40GB", "16x24GB"])
