@@ -71,6 +71,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         model.add_adapter(settings, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

@@ -116,6 +116,17 @@ def test_loss_and_logprobs_are_those_of_the_merged_weights(model_path, settings)
     torch.testing.assert_close(Policy(model, 512, engine)(pack, targets, weights, 1.0)[1], logprobs, atol=0, rtol=0)
 
 
+def test_adapters_of_a_16_bit_model_are_fp32_and_learn(model_path, tmp_path):
+    run = train(options(model_path, tmp_path / "run", "model.dtype=bfloat16", "evaluation.every=0"))
+    from safetensors.torch import load_file
+
+    saved = load_file(latest_checkpoint(run) / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(run / "export").dtype == torch.bfloat16
+    values = [row["held_out/mean_squared_log_ratio"] for row in epoch_rows(run)]
+    assert values[-1] < 0.98 * values[0]
+
+
 def test_the_exports_load_everywhere_and_give_the_trained_policy(model_path, run_dir):
     import peft
 
