@@ -179,7 +179,7 @@ def test_when_retries_are_spent_the_run_stops_and_says_how_many_prompts_are_miss
 
 def test_a_request_that_is_refused_is_not_repeated(run):
     sampler = run({"faults": {"/generate": ["400"]}})
-    with pytest.raises(LmdeployError, match="refuses prompt 'p7'.*status 400.*planted"):
+    with pytest.raises(LmdeployError, match=r"refuses prompt 'p\d'.*status 400.*planted"):
         sample(sampler)
 
 
