@@ -11,7 +11,8 @@
 
 DIR is as in ``convergence.py``, whose reward proxy scores the answers to held-out HH prompts after every round. The win
 rate is the share of prompts whose answer the proxy scores above the initial model's (ties half), not a judge's. Seconds
-are those of training without evaluation. A row per method and round; a finished row is not made again.
+are those of training without evaluation, by wall clock and of CPU time, since other programs may share the processor. A row
+per method and round; a finished row is not made again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -40,7 +43,24 @@ from inverseq.sample_files import read_evaluation
 
 METHODS = ("sft", "prompting", "dpo", "rloo", "inverseq")
 NAMES = {"rloo": "RLOO (TRL)", "dpo": "DPO (TRL)", "sft": "SFT", "prompting": "prompting", "inverseq": "Inverse-Q*"}
-Round = tuple[int, float, str]  # finished rounds, seconds of training so far, folder of the model
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of training so far: wall clock, and CPU time of all threads."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall_s += time.perf_counter() - wall
+        self.cpu_s += time.process_time() - cpu
+
+
+Round = tuple[int, Stopwatch, str]  # finished rounds, training so far, folder of the model
 
 
 def main() -> None:
@@ -68,9 +88,9 @@ def main() -> None:
         if finished and finished[-1]["round"] == finished[-1]["rounds"]:
             continue
         rows = [row for row in rows if row["method"] != method]
-        for done, seconds, model in TRAINERS[method](arguments, proxy):
+        for done, trained, model in TRAINERS[method](arguments, proxy):
             answers = answers_of(arguments, model, f"{method}-{done}", principle=method == "prompting")
-            rows.append(row_of(arguments, proxy, method, (done, seconds, model), answers, initial))
+            rows.append(row_of(arguments, proxy, method, (done, trained, model), answers, initial))
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(describe(rows[-1]), flush=True)
@@ -91,14 +111,14 @@ def answers_of(arguments: argparse.Namespace, model: str, name: str, *, principl
 
 
 def row_of(arguments, proxy: RewardProxy, method: str, at: Round, answers: dict, initial: dict) -> dict:
-    done, seconds, _ = at
+    done, trained, _ = at
     shared = sorted(set(answers) & set(initial))
     rewards, before = proxy.score([answers[i] for i in shared]), proxy.score([initial[i] for i in shared])
     wins = ((rewards > before) + 0.5 * (rewards == before)).mean()
     rounds = 0 if method in ("sft", "prompting") else arguments.rounds
     return {
         "op": "compare", "method": method, "round": done, "rounds": rounds, "num_samples": done * arguments.samples,
-        "train_duration_s": seconds, "reward_proxy": float(rewards.mean()),
+        "train_duration_s": trained.wall_s, "train_cpu_s": trained.cpu_s, "reward_proxy": float(rewards.mean()),
         "reward_standard_error": float(rewards.std(ddof=1) / len(shared) ** 0.5), "win_rate_by_proxy": float(wins),
         "num_answers": len(shared), "mean_characters": sum(len(answers[i]) for i in shared) / len(shared),
         "proxy_accuracy": proxy.accuracy, "learning_rate": arguments.lr, "measured": True,
@@ -112,20 +132,20 @@ def describe(row: dict) -> str:
     return (
         f"{NAMES[row['method']]:12} round {row['round']}: reward {row['reward_proxy']:+.3f} ± "
         f"{row['reward_standard_error']:.3f}, win rate by proxy {row['win_rate_by_proxy']:.0%}, "
-        f"{row['mean_characters']:.0f} characters, {row['train_duration_s']:.0f} s"
+        f"{row['mean_characters']:.0f} characters, {row['train_duration_s']:.0f} s ({row['train_cpu_s']:.0f} s of CPU time)"
     )
 
 
 def train_nothing(arguments: argparse.Namespace, proxy: RewardProxy) -> Iterator[Round]:
-    yield 0, 0.0, arguments.model
+    yield 0, Stopwatch(), arguments.model
 
 
 def train_inverseq(arguments: argparse.Namespace, proxy: RewardProxy) -> Iterator[Round]:
     """A run of one more epoch each time, resumed."""
     from inverseq.trainer import train
 
-    seconds = 0.0
-    yield 0, seconds, arguments.model
+    trained = Stopwatch()
+    yield 0, trained, arguments.model
     for done in range(1, arguments.rounds + 1):
         run_dir = arguments.runs / "inverseq"
         words = [
@@ -134,30 +154,28 @@ def train_inverseq(arguments: argparse.Namespace, proxy: RewardProxy) -> Iterato
             f"prompts.path={arguments.hh}/harmless-base/train.jsonl.gz", "prompts.held_out=0",
             "logging.tensorboard=false", *arguments.set,
         ]  # fmt: skip
-        started = time.perf_counter()
-        train(load_config("demo", words), resume=(run_dir / "config.yaml").is_file())
-        seconds += time.perf_counter() - started
-        yield done, seconds, str(run_dir / "export")
+        with trained.running():
+            train(load_config("demo", words), resume=(run_dir / "config.yaml").is_file())
+        yield done, trained, str(run_dir / "export")
 
 
 def train_with_trl(arguments: argparse.Namespace, make_trainer: Callable, name: str) -> Iterator[Round]:
     """Rounds of a TRL trainer: all steps in one call of ``train``, stopped after each round's steps to evaluate."""
     from inverseq.integrations.trl import use_linear_logprob
 
-    undo, seconds, model = use_linear_logprob(), 0.0, arguments.model
-    yield 0, seconds, model
+    undo, trained, model = use_linear_logprob(), Stopwatch(), arguments.model
+    yield 0, trained, model
     try:
         for done in range(1, arguments.rounds + 1):
             folder = arguments.runs / name / f"round_{done}"
-            started = time.perf_counter()
-            trainer = make_trainer(model, done)
-            trainer.train()
-            seconds += time.perf_counter() - started
+            with trained.running():
+                trainer = make_trainer(model, done)
+                trainer.train()
             trainer.model.save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
             del trainer
             gc.collect()
-            yield done, seconds, str(folder)
+            yield done, trained, str(folder)
             if done > 1:
                 shutil.rmtree(model)
             model = str(folder)
@@ -249,6 +267,8 @@ def plot(rows: list[dict], path: Path) -> None:
     """Reward against rounds and against seconds of training."""
     from matplotlib.figure import Figure
 
+    on_gpu = torch.cuda.is_available()
+    seconds = "train_duration_s" if on_gpu else "train_cpu_s"  # other programs share a CPU
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for method in METHODS:
@@ -257,13 +277,13 @@ def plot(rows: list[dict], path: Path) -> None:
             continue
         errors = [row["reward_standard_error"] for row in points]
         rewards = [row["reward_proxy"] for row in points]
-        for axes, key in zip(panels, ("round", "train_duration_s"), strict=True):
+        for axes, key in zip(panels, ("round", seconds), strict=True):
             if method in ("sft", "prompting"):
                 axes.axhline(rewards[0], linestyle="--" if method == "sft" else ":", color="#555", label=NAMES[method])
             else:
                 axes.errorbar([row[key] for row in points], rewards, errors, marker="o", capsize=3, label=NAMES[method])
     panels[0].set(xlabel="round", ylabel="reward proxy, with standard errors")
-    panels[1].set(xlabel="seconds of training")
+    panels[1].set(xlabel="seconds of training" if on_gpu else "seconds of training (CPU time)")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     panels[1].legend(frameon=False)
     figure.savefig(path, dpi=120)
