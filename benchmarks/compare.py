@@ -11,8 +11,8 @@
 
 DIR is as in ``convergence.py``, whose reward proxy scores the answers to held-out HH prompts after every round. The win
 rate is the share of prompts whose answer the proxy scores above the initial model's (ties half), not a judge's. Seconds
-are those of training without evaluation, by wall clock and of CPU time, since other programs may share the processor. A row
-per method and round; a finished row is not made again.
+are those of training without evaluation, by wall clock and of CPU time, since other programs may share the processor.
+A row per method and round; a finished row is not made again.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def describe(row: dict) -> str:
     return (
         f"{NAMES[row['method']]:12} round {row['round']}: reward {row['reward_proxy']:+.3f} ± "
         f"{row['reward_standard_error']:.3f}, win rate by proxy {row['win_rate_by_proxy']:.0%}, "
-        f"{row['mean_characters']:.0f} characters, {row['train_duration_s']:.0f} s ({row['train_cpu_s']:.0f} s of CPU time)"
+        f"{row['mean_characters']:.0f} characters, {row['train_duration_s']:.0f} s "
+        f"({row['train_cpu_s']:.0f} s of CPU time)"
     )
 
 
