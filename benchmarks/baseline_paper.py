@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inverseq.model import enable_gradient_checkpointing
-from inverseq.records import Sample, ScoredSamples, TrainStep
+from inverseq.records import MicroBatch, Sample, ScoredSamples, TrainStep
+from inverseq.transfers import copied_to
 
 __all__ = [
     "MICRO_BATCH",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 MICRO_BATCH = 2
+DEVICE_FIELDS = ("input_ids", "batch_index", "position", "token_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,13 @@ class PaddedBatch:
     token_ids: Tensor  # [A] int64
     num_real_tokens: int
 
-    def to(self, device) -> PaddedBatch:
+    def device_tensors(self) -> list[Tensor]:
+        """What a forward reads on the device."""
+        return [getattr(self, name) for name in DEVICE_FIELDS]
+
+    def to(self, device: torch.device | str) -> PaddedBatch:
         """The same batch on ``device``."""
-        names = ("input_ids", "batch_index", "position", "token_ids")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: copied_to(getattr(self, name), device) for name in DEVICE_FIELDS})
 
 
 def pad_samples(samples: Sequence[Sample], view: int) -> PaddedBatch:
@@ -118,14 +123,15 @@ def steps_of_pairs(
         last = min(first + samples_per_step, count)
         pairs = [range(i, min(i + size, last)) for i in range(first, last, size)]
         rows = [slice(int(scored.offsets[pair.start]), int(scored.offsets[pair.stop])) for pair in pairs]
-        targets = [scored.targets[r] for r in rows]
-        num_actions = sum(map(len, targets))
+        num_actions = sum(r.stop - r.start for r in rows)
         steps.append(
             TrainStep(
-                packs=[make_batch(pair) for pair in pairs],
-                targets=targets,
-                plain_logprobs=[scored.plain_logprobs[r] for r in rows],
-                loss_weights=[torch.ones(len(t)) for t in targets],
+                micro_batches=[
+                    MicroBatch(
+                        make_batch(pair), scored.targets[r], scored.plain_logprobs[r], torch.ones(r.stop - r.start)
+                    )
+                    for pair, r in zip(pairs, rows, strict=True)
+                ],
                 denominator=float(num_actions),
                 num_samples=last - first,
                 num_tokens=0,

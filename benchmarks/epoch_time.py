@@ -230,9 +230,8 @@ def profile(bench: Bench, found: Measurements, name: str) -> str:
     step = found.steps[name][0]
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if bench.device.type == "cuda" else []
-    first = {field: getattr(step, field)[:1] for field in ("packs", "targets", "plain_logprobs", "loss_weights")}
     with torch.profiler.profile(activities=kinds) as recorded:
-        train_without_update(bench, TRAINERS[name], [replace(step, **first)])
+        train_without_update(bench, TRAINERS[name], [replace(step, micro_batches=step.micro_batches[:1])])
     order = "self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
     return recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
 

@@ -193,7 +193,7 @@ def loss_difference(found: Measurements, trainer: str) -> float | None:
 
 def pad_waste(found: Measurements, variant: str) -> float | None:
     """The share of the policy's computed tokens that is padding or dummies."""
-    packs = [pack for step in found.steps.get(variant, ()) for pack in step.packs]
+    packs = [batch.pack for step in found.steps.get(variant, ()) for batch in step.micro_batches]
     if not packs:
         return None
     computed = sum(pack.input_ids.numel() for pack in packs)

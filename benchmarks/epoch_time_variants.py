@@ -34,6 +34,7 @@ from inverseq.policy import Policy
 from inverseq.records import PackedViews, Sample, ScoredSamples, StepMetrics, TrainStep
 from inverseq.steps import plan_steps
 from inverseq.targets import score_targets
+from inverseq.transfers import copied_ahead
 
 __all__ = [
     "LADDER",
@@ -266,10 +267,8 @@ def train_without_update(bench: Bench, trainer: Trainer, steps: Sequence[TrainSt
     with attention_and_checkpointing(bench.policy, trainer.attention, recomputes(bench, trainer)):
         for step in steps:
             total = torch.zeros((), device=bench.device)
-            for pack, targets, weights in zip(step.packs, step.targets, step.loss_weights, strict=True):
-                loss, _ = policy(
-                    pack.to(bench.device), targets.to(bench.device), weights.to(bench.device), step.denominator
-                )
+            for _, batch in copied_ahead(step.micro_batches, bench.device):
+                loss, _ = policy(batch.pack, batch.targets, batch.loss_weights, step.denominator)
                 loss.backward()
                 total += loss.detach()
             losses.append(total)

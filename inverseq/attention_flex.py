@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention_layout import AttentionLayout
-from .records import copied_to
+from .transfers import copied_to
 
 __all__ = ["flex_attention"]
 

@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .records import PackedViews, copied_to
+from .records import PackedViews
+from .transfers import copied_to
 
 __all__ = ["AttentionLayout", "SharedPrefixes", "attention_layout"]
 

@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from .config import OptimConfig
-from .records import PackedViews, StepMetrics, TrainStep
+from .records import MicroBatch, PackedViews, StepMetrics, TrainStep
+from .transfers import copied_ahead
 
-__all__ = ["Engine", "NonFiniteError", "TorchEngine", "learning_rate_factor", "micro_batch_sums", "step_metrics"]
+__all__ = ["Engine", "NonFiniteError", "TorchEngine", "accumulate", "learning_rate_factor", "step_metrics"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -71,17 +72,31 @@ def learning_rate_factor(update: int, total_updates: int, optim: OptimConfig) ->
     return 1.0
 
 
+def accumulate(
+    step: TrainStep, device: torch.device, policy: nn.Module, backward: Callable[[Tensor, bool], None]
+) -> Tensor:
+    """Forward and backward of a step's micro-batches; what its metrics are made of, float64 [5] on the device.
+
+    ``backward(loss, is_last)`` of each. Each micro-batch is copied while the one before it runs, and nothing waits for
+    the device.
+    """
+    sums = torch.zeros(5, device=device, dtype=torch.float64)
+    for index, (_, batch) in enumerate(copied_ahead(step.micro_batches, device), 1):
+        loss, policy_logprobs = policy(batch.pack, batch.targets, batch.loss_weights, step.denominator)
+        backward(loss, index == len(step.micro_batches))
+        sums += micro_batch_sums(loss, policy_logprobs, batch)
+    return sums
+
+
 def micro_batch_sums(
     loss: Tensor,  # scalar fp32
     policy_logprobs: Tensor,  # [A] fp32
-    targets: Tensor,  # [A] fp32
-    plain_logprobs: Tensor,  # [A] fp32
-    loss_weights: Tensor,  # [A] fp32
+    batch: MicroBatch,
 ) -> Tensor:
     """What a step's metrics are made of, summed over a micro-batch: float64 [5], to be added over all of the step."""
-    trained = loss_weights > 0
-    ratio = torch.where(trained, targets - policy_logprobs, 0.0)
-    kl = torch.where(trained, policy_logprobs - plain_logprobs, 0.0)
+    trained = batch.loss_weights > 0
+    ratio = torch.where(trained, batch.targets - policy_logprobs, 0.0)
+    kl = torch.where(trained, policy_logprobs - batch.plain_logprobs, 0.0)
     return torch.stack([loss.detach().double(), *(x.double().sum() for x in (trained, ratio, ratio**2, kl))])
 
 
@@ -132,9 +147,7 @@ class TorchEngine:
         """
         started = time.perf_counter()
         self.policy.train()
-        sums = torch.zeros(5, device=self.device, dtype=torch.float64)
-        for micro_batch in zip(step.packs, step.targets, step.plain_logprobs, step.loss_weights, strict=True):
-            sums += self._accumulate(*micro_batch, step.denominator)
+        sums = accumulate(step, self.device, self.policy, self._backward)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         grad_norm = self._clip()
         *sums, norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
@@ -159,15 +172,9 @@ class TorchEngine:
     def full_weights(self) -> None:
         """The model has them."""
 
-    def _accumulate(self, pack, targets, plain_logprobs, loss_weights, denominator) -> Tensor:
-        pack = pack.to(self.device)
-        targets, plain_logprobs, loss_weights = (
-            tensor.to(self.device, non_blocking=True) for tensor in (targets, plain_logprobs, loss_weights)
-        )
-        loss, policy_logprobs = self.policy(pack, targets, loss_weights, denominator)
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
         self._gather_gradients()
-        return micro_batch_sums(loss, policy_logprobs, targets, plain_logprobs, loss_weights)
 
     def _gather_gradients(self) -> None:
         """Add 16-bit gradients to the fp32 gradients of the master weights, where micro-batches are summed."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .config import OptimConfig
 from .distributed import Ranks
-from .engine import NonFiniteError, learning_rate_factor, micro_batch_sums, step_metrics
+from .engine import NonFiniteError, accumulate, learning_rate_factor, step_metrics
 from .model import FrozenPair
 from .policy import Policy
 from .records import PackedViews, StepMetrics, TrainStep
@@ -162,11 +162,7 @@ class DeepSpeedEngine:
         """
         started = time.perf_counter()
         self.engine.train()
-        sums = torch.zeros(5, device=self.device, dtype=torch.float64)
-        micro_batches = list(zip(step.packs, step.targets, step.plain_logprobs, step.loss_weights, strict=True))
-        for index, micro_batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            sums += self._accumulate(*micro_batch, step.denominator)
+        sums = accumulate(step, self.device, self.engine, self._backward)
         if self.ranks.world_size > 1:
             dist.all_reduce(sums)
         totals = sums.tolist()
@@ -182,14 +178,9 @@ class DeepSpeedEngine:
         self.num_updates += 1
         return step_metrics(totals, grad_norm=norm, learning_rate=learning_rate, started=started)
 
-    def _accumulate(self, pack, targets, plain_logprobs, loss_weights, denominator) -> Tensor:
-        pack = pack.to(self.device)
-        targets, plain_logprobs, loss_weights = (
-            tensor.to(self.device, non_blocking=True) for tensor in (targets, plain_logprobs, loss_weights)
-        )
-        loss, policy_logprobs = self.engine(pack, targets, loss_weights, denominator)
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.ranks.world_size)
-        return micro_batch_sums(loss, policy_logprobs, targets, plain_logprobs, loss_weights)
 
     @torch.no_grad()
     def logprobs(self, pack: PackedViews) -> Tensor:

@@ -1,6 +1,6 @@
 """The records handed from stage to stage, in the order data flows.
 
-Prompt → RenderedPrompt → Response → Sample → PackedViews → ScoredSamples → TrainStep → StepMetrics.
+Prompt → RenderedPrompt → Response → Sample → PackedViews → ScoredSamples → MicroBatch → TrainStep → StepMetrics.
 
 Shape legend of the project: B padded batch, L padded length, T packed tokens, S packed sequences, A action
 tokens, D hidden size, V vocabulary. Records hold data and derived sizes only; behaviour lives in the stages.
@@ -9,14 +9,17 @@ tokens, D hidden size, V vocabulary. Records hold data and derived sizes only; b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .transfers import copied_to
+
 __all__ = [
     "Message",
+    "MicroBatch",
     "PackedViews",
     "Prompt",
     "RenderedPrompt",
@@ -25,17 +28,9 @@ __all__ = [
     "ScoredSamples",
     "StepMetrics",
     "TrainStep",
-    "copied_to",
 ]
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
-
-def copied_to(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on ``device``; the host does not wait for a copy to CUDA, which is made from pinned memory."""
-    if torch.device(device).type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +126,9 @@ class PackedViews:
         """What a forward reads on the device."""
         return [getattr(self, name) for name in DEVICE_FIELDS]
 
-    def to(self, device) -> PackedViews:
+    def to(self, device: torch.device | str) -> PackedViews:
         """The same pack with its device tensors on ``device`` (``parent_seq`` stays on the host)."""
-        moved = {
-            name: copied_to(tensor, device) for name, tensor in zip(DEVICE_FIELDS, self.device_tensors(), strict=True)
-        }
-        return PackedViews(
-            max_seqlen=self.max_seqlen,
-            parent_seq=self.parent_seq,
-            seqlens=self.seqlens,
-            is_dummy=self.is_dummy,
-            **moved,
-        )
+        return replace(self, **{name: copied_to(getattr(self, name), device) for name in DEVICE_FIELDS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +142,28 @@ class ScoredSamples:
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A pack of the policy's view with everything that its loss and metrics read: what goes to the device as one."""
+
+    pack: PackedViews
+    targets: Tensor  # [A] fp32, log π̂(y_t)
+    plain_logprobs: Tensor  # [A] fp32, log π_l(y_t)
+    loss_weights: Tensor  # [A] fp32
+
+    def device_tensors(self) -> list[Tensor]:
+        """What a micro-batch reads on the device."""
+        return [*self.pack.device_tensors(), *(getattr(self, item.name) for item in fields(self)[1:])]
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on ``device``."""
+        return MicroBatch(self.pack.to(device), *(copied_to(getattr(self, f.name), device) for f in fields(self)[1:]))
+
+
+@dataclass(frozen=True, slots=True)
 class TrainStep:
     """One optimizer step of one rank: its micro-batches and the denominator of the whole step."""
 
-    packs: Sequence[PackedViews]  # policy view, equal count on all ranks
-    targets: Sequence[Tensor]  # per pack [A] fp32
-    plain_logprobs: Sequence[Tensor]  # per pack [A] fp32
-    loss_weights: Sequence[Tensor]  # per pack [A] fp32
+    micro_batches: Sequence[MicroBatch]  # equally many on all ranks
     denominator: float  # over all ranks and micro-batches
     num_samples: int  # over all ranks, as the two counts below
     num_tokens: int

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import OptimConfig, PackingConfig
 from .packing import FlatSamples, plan_packs, view_lengths, write_pack
-from .records import PackedViews, ScoredSamples, TrainStep
+from .records import MicroBatch, PackedViews, ScoredSamples, TrainStep
 
 __all__ = ["plan_steps", "step_sizes"]
 
@@ -46,13 +46,9 @@ def plan_steps(
     for index, size in enumerate(sizes):
         step_samples = slice(first, first + size)
         packs = [write_pack(flat, indices, POLICY_VIEW) for indices in plan.packs(index, rank)]
-        rows = [pack.action_rows(scored.offsets) for pack in packs]
         steps.append(
             TrainStep(
-                packs=packs,
-                targets=[scored.targets[r] for r in rows],
-                plain_logprobs=[scored.plain_logprobs[r] for r in rows],
-                loss_weights=[_loss_weights(pack, num_actions, optim.loss_reduction) for pack in packs],
+                micro_batches=[_micro_batch(pack, scored, num_actions, optim.loss_reduction) for pack in packs],
                 denominator=_denominator(num_actions[step_samples], optim.loss_reduction),
                 num_samples=size,
                 num_tokens=int(lengths[step_samples].sum()),
@@ -62,6 +58,12 @@ def plan_steps(
         )
         first += size
     return steps
+
+
+def _micro_batch(pack: PackedViews, scored: ScoredSamples, num_actions: np.ndarray, loss_reduction: str) -> MicroBatch:
+    rows = pack.action_rows(scored.offsets)
+    weights = _loss_weights(pack, num_actions, loss_reduction)
+    return MicroBatch(pack, scored.targets[rows], scored.plain_logprobs[rows], weights)
 
 
 def _loss_weights(pack: PackedViews, num_actions: np.ndarray, loss_reduction: str) -> Tensor:

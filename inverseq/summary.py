@@ -26,8 +26,8 @@ def step_row(epoch: int, num_updates: int, step: TrainStep, metrics: StepMetrics
         "num_samples": step.num_samples,
         "num_actions": step.num_actions,
         "num_tokens": step.num_tokens,
-        "num_packs": len(step.packs),
-        **_packing_metrics(step.packs, token_budget),
+        "num_packs": len(step.micro_batches),
+        **_packing_metrics([batch.pack for batch in step.micro_batches], token_budget),
         "tokens_per_second": step.num_tokens / metrics.duration_s,
     }
 
@@ -62,7 +62,7 @@ def epoch_row(epoch: int, num_updates: int, steps: Sequence[tuple[TrainStep, Ste
         "num_samples": sum(step.num_samples for step, _ in steps),
         "num_actions": total,
         "num_tokens": num_tokens,
-        **_packing_metrics([pack for step, _ in steps for pack in step.packs], token_budget),
+        **_packing_metrics([batch.pack for step, _ in steps for batch in step.micro_batches], token_budget),
         "train_tokens_per_second": num_tokens / sum(m.duration_s for m in all_metrics),
         "peak_memory_bytes": max(m.peak_memory_bytes for m in all_metrics),
     }

@@ -9,10 +9,9 @@ forward runs, the next pack is written and copied, and only then is the result b
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from .distributed import Ranks
 from .model import FrozenPair, action_hidden, head_of
 from .packing import FlatSamples, pack_views, plan_packs, view_lengths, write_pack
 from .records import PackedViews, Sample, ScoredSamples
+from .transfers import copied_ahead, read_behind
 
 __all__ = ["score_targets"]
 
@@ -50,15 +50,16 @@ def score_targets(
     plan, contrast = (_packs_together, _contrast_views) if frozen.shares_weights else (_packs_apart, _contrast_models)
     device = next(frozen.parameters()).device
     share_prefix = config.packing.shares_prefix(device.type, len(samples[0].rendered.prefix_ids) if samples else 1)
-    packing = dataclasses.replace(config.packing, share_prefix=share_prefix)
+    packing = replace(config.packing, share_prefix=share_prefix)
     scored = []
     # Weights that are gathered for one forward cannot be inference tensors.
     with torch.inference_mode() if type(frozen) is FrozenPair else torch.no_grad():
+        planned = map(ScoringPacks, plan(samples, packing, num_valid_vocab, ranks))
         results = (
-            (packs[-1], *frozen(contrast, moved, config, num_valid_vocab))
-            for packs, moved in _copied_ahead(plan(samples, packing, num_valid_vocab, ranks), device)
+            (there.packs[-1], frozen(contrast, here.packs, config, num_valid_vocab))
+            for there, here in copied_ahead(planned, device)
         )
-        for pack, pack_targets, pack_plain in _read_behind(results, device):
+        for pack, (pack_targets, pack_plain) in read_behind(results, device):
             if not pack.is_dummy:
                 scored.append((pack.action_rows(offsets), pack_targets, pack_plain))
                 advance(len(pack.sample_index.unique()))
@@ -70,37 +71,17 @@ def score_targets(
     return ScoredSamples(samples, targets_A, plain_A, offsets)
 
 
-def _copied_ahead(packs: Iterator[tuple[PackedViews, ...]], device: torch.device) -> Iterator:
-    """Each tuple of packs beside its copy on the device; on CUDA the copy does not queue behind the running forward."""
-    if device.type != "cuda":
-        yield from ((hosts, [pack.to(device) for pack in hosts]) for hosts in packs)
-        return
-    copies, computes = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for hosts in packs:
-        with torch.cuda.stream(copies):
-            moved = [pack.to(device) for pack in hosts]
-        computes.wait_stream(copies)
-        for tensor in itertools.chain.from_iterable(pack.device_tensors() for pack in moved):
-            tensor.record_stream(computes)  # or its memory could be reused before the forward has read it
-        yield hosts, moved
+@dataclass(frozen=True, slots=True)
+class ScoringPacks:
+    """Packs of the same samples, one for each set of weights."""
 
+    packs: tuple[PackedViews, ...]
 
-def _read_behind(results: Iterator[tuple], device: torch.device) -> Iterator[tuple[PackedViews, Tensor, Tensor]]:
-    """The results with their tensors on the host; on CUDA each is waited for when the next one has been launched."""
-    launched = deque()
-    for pack, *tensors in results:
-        hosts = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        launched.append((pack, hosts, copied))
-        if copied is None or len(launched) > 1:
-            yield _arrived(*launched.popleft())
-    yield from (_arrived(*entry) for entry in launched)
+    def device_tensors(self) -> list[Tensor]:
+        return [tensor for pack in self.packs for tensor in pack.device_tensors()]
 
-
-def _arrived(pack: PackedViews, hosts: list[Tensor], copied: torch.cuda.Event | None) -> tuple:
-    if copied is not None:
-        copied.synchronize()
-    return (pack, *hosts)
+    def to(self, device: torch.device | str) -> ScoringPacks:
+        return ScoringPacks(tuple(pack.to(device) for pack in self.packs))
 
 
 def _packs_together(

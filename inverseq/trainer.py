@@ -34,6 +34,7 @@ from .sampling_replay import ReplaySampler
 from .steps import plan_steps
 from .summary import epoch_row, held_out_row, response_metrics, step_row
 from .targets import score_targets
+from .transfers import copied_ahead, read_behind
 
 __all__ = ["State", "derive_seed", "run_epoch", "train"]
 
@@ -229,8 +230,9 @@ def measure_held_out(state: State) -> dict[str, float]:
     packs = pack_views(held_out.samples, (-1,), token_budget=budget, num_ranks=ranks.world_size, rank=ranks.rank)
     mine = []
     with state.phase("held_out", len(held_out.samples)) as advance:
-        for pack in packs:
-            logprobs = state.engine.logprobs(pack).cpu()
+        device = state.engine.device
+        results = ((pack, [state.engine.logprobs(moved)]) for pack, moved in copied_ahead(packs, device))
+        for pack, (logprobs,) in read_behind(results, device):
             if not pack.is_dummy:
                 mine.append((pack.action_rows(held_out.offsets), logprobs))
                 advance(len(pack.seqlens))

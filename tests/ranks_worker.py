@@ -73,10 +73,10 @@ def not_a_number_on_one_rank(config: Config, ranks: Ranks, job: dict) -> None:
     state.engine.train_step(steps[0])
     after_one = weights_of(state)
     assert any(not torch.equal(a, b) for a, b in zip(before, after_one, strict=True))
-    good = steps[0].targets[0].clone()
+    good = steps[0].micro_batches[0].targets.clone()
     for spoil in ("loss", "gradient"):
         if ranks.rank == 1 and spoil == "loss":
-            steps[0].targets[0][0] = float("nan")
+            steps[0].micro_batches[0].targets[0] = float("nan")
         if ranks.rank == 1 and spoil == "gradient":
             norm = state.policy.model.get_decoder().norm
             norm.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("inf"),))
@@ -86,7 +86,7 @@ def not_a_number_on_one_rank(config: Config, ranks: Ranks, job: dict) -> None:
             assert "optimizer step 2" in str(error)
         else:
             raise AssertionError(f"a spoilt {spoil} was trained on")
-        steps[0].targets[0].copy_(good)
+        steps[0].micro_batches[0].targets.copy_(good)
         assert all(torch.equal(a, b) for a, b in zip(after_one, weights_of(state), strict=True)), spoil
         assert state.engine.num_updates == 1
 

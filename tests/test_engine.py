@@ -9,7 +9,7 @@ import torch
 
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import EngineConfig, ModelConfig, OptimConfig, PackingConfig
-from inverseq.engine import NonFiniteError, TorchEngine, learning_rate_factor
+from inverseq.engine import NonFiniteError, TorchEngine, accumulate, learning_rate_factor
 from inverseq.model import enable_gradient_checkpointing, load_model
 from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
@@ -94,8 +94,8 @@ def test_targets_equal_to_the_policy_give_no_loss_and_no_gradient(model):
     engine = make_engine(model)
     steps = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))
     with torch.no_grad():
-        own = [engine.policy.logprobs(pack) for pack in steps[0].packs]
-    metrics = engine.train_step(replace(steps[0], targets=own))
+        own = [replace(batch, targets=engine.policy.logprobs(batch.pack)) for batch in steps[0].micro_batches]
+    metrics = engine.train_step(replace(steps[0], micro_batches=own))
     assert metrics.loss < 1e-9
     assert metrics.grad_norm < 1e-4
 
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_does_not_change_the_update(model):
     layer_calls = []
     recomputing.policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: layer_calls.append(1))
     expected, actual = plain.train_step(step), recomputing.train_step(step)
-    assert len(layer_calls) == 2 * len(step.packs), "the layer runs again in the backward pass"
+    assert len(layer_calls) == 2 * len(step.micro_batches), "the layer runs again in the backward pass"
     assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
     for a, b in zip(plain.policy.parameters(), recomputing.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -128,7 +128,7 @@ def test_a_non_finite_loss_stops_before_the_update(model):
     scored = scored_samples(model)
     engine = make_engine(model)
     step = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))[0]
-    step.targets[0][0] = float("inf")
+    step.micro_batches[0].targets[0] = float("inf")
     before = [p.detach().clone() for p in engine.policy.parameters()]
     with pytest.raises(NonFiniteError, match="optimizer step 1"):
         engine.train_step(step)
@@ -149,16 +149,18 @@ def test_bfloat16_weights_keep_updates_below_their_resolution(model):
 def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32(model):
     engine = make_engine(copy.deepcopy(model).bfloat16())
     step = plan_steps(scored_samples(model), OPTIM, PackingConfig(train_tokens=24))[0]
-    assert len(step.packs) > 1
+    assert len(step.micro_batches) > 1
     expected = [torch.zeros_like(master) for master in engine.masters]
-    micro_batches = list(zip(step.packs, step.targets, step.plain_logprobs, step.loss_weights, strict=True))
-    for micro_batch in micro_batches:
+
+    def backward(*micro_batches):
+        accumulate(replace(step, micro_batches=micro_batches), engine.device, engine.policy, engine._backward)
+
+    for micro_batch in step.micro_batches:
         engine.zero_grad()
-        engine._accumulate(*micro_batch, step.denominator)
+        backward(micro_batch)
         expected = [total + master.grad for total, master in zip(expected, engine.masters, strict=True)]
     engine.zero_grad()
-    for micro_batch in micro_batches:
-        engine._accumulate(*micro_batch, step.denominator)
+    backward(*step.micro_batches)
     for total, master in zip(expected, engine.masters, strict=True):
         torch.testing.assert_close(master.grad, total, rtol=1e-6, atol=1e-7)
 
@@ -194,7 +196,7 @@ def test_plan_steps_covers_every_action_once_and_ranks_stay_in_step(model):
     scored = scored_samples(model, count=9)
     ranks = [plan_steps(scored, OPTIM, PackingConfig(train_tokens=48), num_ranks=4, rank=r) for r in range(4)]
     for index, per_rank in enumerate(zip(*ranks, strict=True)):
-        assert len({len(step.packs) for step in per_rank}) == 1
+        assert len({len(step.micro_batches) for step in per_rank}) == 1
         assert len({step.denominator for step in per_rank}) == 1
-        weights = sum(w.sum().item() for step in per_rank for w in step.loss_weights)
+        weights = sum(batch.loss_weights.sum().item() for step in per_rank for batch in step.micro_batches)
         assert math.isclose(weights, per_rank[0].denominator), f"step {index}"

@@ -1,13 +1,11 @@
 """Targets of packed views equal the formula computed one sequence at a time from full float64 logits."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from inverseq import targets
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import Config, ContrastConfig, EngineConfig, ModelConfig, PackingConfig
 from inverseq.model import FrozenPair, load_model
@@ -128,28 +126,6 @@ def test_a_principle_is_shared_on_a_cpu_and_elsewhere_when_asked_for():
     assert shares("true", "cuda") and shares(True, "cuda") and not shares("false") and not shares(False)
     with pytest.raises(ValueError, match=r"packing\.share_prefix='yes': expected one of auto, true, false"):
         PackingConfig(share_prefix="yes")
-
-
-def test_on_cuda_a_result_is_waited_for_when_the_next_forward_has_been_launched(monkeypatch):
-    events = []
-
-    class Stream:
-        def record_event(self):
-            index = sum("launched" in event for event in events) - 1
-            return SimpleNamespace(synchronize=lambda: events.append(f"waited for {index}"))
-
-    def launch():
-        for index in range(3):
-            events.append(f"launched {index}")
-            yield (index, torch.tensor([index]))
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    found = list(targets._read_behind(launch(), torch.device("cuda")))
-    assert [(pack, tensor.item()) for pack, tensor in found] == [(0, 0), (1, 1), (2, 2)]
-    assert events == ["launched 0", "launched 1", "waited for 0", "launched 2", "waited for 1", "waited for 2"]
-    events.clear()
-    on_cpu = targets._read_behind(launch(), torch.device("cpu"))
-    assert next(on_cpu)[0] == 0 and events == ["launched 0"]
 
 
 @pytest.mark.gpu
