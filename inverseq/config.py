@@ -1,7 +1,6 @@
 """The configuration: one tree of frozen dataclasses, validated when built.
 
-Values come from a YAML recipe and dotted ``section.key=value`` overrides; see
-``inverseq.config_loading``.
+Values come from a YAML recipe and dotted ``section.key=value`` overrides; see ``inverseq.config_loading``.
 The help text of every option is its ``metadata["help"]``.
 """
 
@@ -99,9 +98,14 @@ class ContrastConfig:
     )
     plain_model: str = option("", "π_l of the model contrast (an SFT model); π_w is the initial policy")
     refresh_every: int = option(0, "epochs after which the policy takes the place of μ, again and again; 0 is never")
+    kl_to_initial: bool = option(False, "kind=model: report how far the policy is from what it was at first, too")
 
     def __post_init__(self):
         require(self.refresh_every >= 0, "contrast.refresh_every", self.refresh_every, "0 or more")
+        if self.kl_to_initial:
+            key = "contrast.kl_to_initial"
+            require(self.kind == "model", key, True, "false with contrast.kind=principle: there it is kl_to_plain")
+            require(not self.refresh_every, key, True, "false with contrast.refresh_every: the initial model goes")
         one_of("contrast.kind", self.kind, ("principle", "model"))
         require(math.isfinite(self.alpha), "contrast.alpha", self.alpha, "a finite number")
         if self.kind == "model":
@@ -111,6 +115,11 @@ class ContrastConfig:
             require(not self.plain_model, key, self.plain_model, "nothing with contrast.kind=principle")
             key = "contrast.principle"
             require(bool(self.principle), key, self.principle, "a principle with contrast.kind=principle")
+
+    @property
+    def scores_views_together(self) -> bool:
+        """Whether the better model reads all views of a sample in one pack, rather than only its own view."""
+        return self.kind == "principle" or self.kl_to_initial
 
 
 @dataclass(frozen=True)
@@ -241,11 +250,8 @@ class SamplingConfig:
         divides = self.samples_per_epoch % self.samples_per_prompt == 0
         key = "sampling.samples_per_prompt"
         require(divides, key, self.samples_per_prompt, f"a divisor of samples_per_epoch={self.samples_per_epoch}")
-        key = "sampling.per_prompt_seeds"
-        require(
-            not self.per_prompt_seeds or self.backend == "transformers", key, self.per_prompt_seeds,
-            "false with another backend than transformers",
-        )  # fmt: skip
+        key, is_able = "sampling.per_prompt_seeds", not self.per_prompt_seeds or self.backend == "transformers"
+        require(is_able, key, self.per_prompt_seeds, "false with another backend than transformers")
         require(
             bool(self.replay_path) == (self.backend == "replay"),
             "sampling.replay_path", self.replay_path, "a folder with backend=replay, nothing otherwise",

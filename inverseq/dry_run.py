@@ -146,7 +146,7 @@ def describe_epoch(resolved: Resolved, num_ranks: int = 1) -> str:
     """The packs of a synthetic epoch: scoring packs, then the training packs of every optimizer step."""
     config, samples = resolved.config, synthetic_samples(resolved)
     num_views = len(samples[0].rendered.prefix_ids)
-    if config.contrast.kind == "principle":
+    if config.contrast.scores_views_together:
         score_lengths = view_lengths(samples, tuple(range(num_views)))
     else:
         score_lengths = np.max([view_lengths(samples, (view,)) for view in range(num_views)], axis=0)

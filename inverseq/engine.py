@@ -75,16 +75,18 @@ def learning_rate_factor(update: int, total_updates: int, optim: OptimConfig) ->
 def accumulate(
     step: TrainStep, device: torch.device, policy: nn.Module, backward: Callable[[Tensor, bool], None]
 ) -> Tensor:
-    """Forward and backward of a step's micro-batches; what its metrics are made of, float64 [5] on the device.
+    """Forward and backward of a step's micro-batches; ``micro_batch_sums`` of the step, on the device.
 
     ``backward(loss, is_last)`` of each. Each micro-batch is copied while the one before it runs, and nothing waits for
     the device.
     """
-    sums = torch.zeros(5, device=device, dtype=torch.float64)
+    sums: Tensor | None = None
     for index, (_, batch) in enumerate(copied_ahead(step.micro_batches, device), 1):
         loss, policy_logprobs = policy(batch.pack, batch.targets, batch.loss_weights, step.denominator)
         backward(loss, index == len(step.micro_batches))
-        sums += micro_batch_sums(loss, policy_logprobs, batch)
+        part = micro_batch_sums(loss, policy_logprobs, batch)
+        sums = part if sums is None else sums + part
+    assert sums is not None, "a step has a micro-batch on every rank"
     return sums
 
 
@@ -93,22 +95,26 @@ def micro_batch_sums(
     policy_logprobs: Tensor,  # [A] fp32
     batch: MicroBatch,
 ) -> Tensor:
-    """What a step's metrics are made of, summed over a micro-batch: float64 [5], to be added over all of the step."""
+    """What ``step_metrics`` is made of, summed over a micro-batch: float64, to be added over all of the step."""
     trained = batch.loss_weights > 0
     ratio = torch.where(trained, batch.targets - policy_logprobs, 0.0)
-    kl = torch.where(trained, policy_logprobs - batch.plain_logprobs, 0.0)
-    return torch.stack([loss.detach().double(), *(x.double().sum() for x in (trained, ratio, ratio**2, kl))])
+    references = [batch.plain_logprobs, *([] if batch.initial_logprobs is None else [batch.initial_logprobs])]
+    divergences = [torch.where(trained, policy_logprobs - reference, 0.0) for reference in references]
+    sums = [values.double().sum() for values in (trained, ratio, ratio**2, *divergences)]
+    return torch.stack([loss.detach().double(), *sums])
 
 
 def step_metrics(sums: Sequence[float], *, grad_norm: float, learning_rate: float, started: float) -> StepMetrics:
     """The metrics of a step from its ``micro_batch_sums`` over all ranks; ``started`` is of ``time.perf_counter``."""
-    loss, num_actions, ratio, squared_ratio, kl = sums
+    loss, num_actions, ratio, squared_ratio, *divergences = sums
     num_actions = max(num_actions, 1.0)
+    kl_to_plain, *kl_to_initial = (divergence / num_actions for divergence in divergences)
     return StepMetrics(
         loss=loss,
         mean_log_ratio=ratio / num_actions,
         rms_log_ratio=math.sqrt(squared_ratio / num_actions),
-        kl_to_plain=kl / num_actions,
+        kl_to_plain=kl_to_plain,
+        kl_to_initial=kl_to_initial[0] if kl_to_initial else None,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         duration_s=time.perf_counter() - started,

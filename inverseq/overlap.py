@@ -53,14 +53,14 @@ def sample_and_score(
         scored = score_targets(frozen, [sample for _, sample in waiting], config, num_valid_vocab=num_valid_vocab)
         for position, (index, sample) in enumerate(waiting):
             actions = slice(int(scored.offsets[position]), int(scored.offsets[position + 1]))
-            pieces[index] = (sample, scored.targets[actions], scored.plain_logprobs[actions])
+            pieces[index] = (sample, {name: values[actions] for name, values in scored.values.items()})
         waiting.clear()
         num_tokens, score_s = 0, score_s + time.perf_counter() - started
 
     with closing(finished_samples(sampler, share, seed=seed)) as finished:
         for index, sample in finished:
             advance(1)
-            length = scored_tokens(sample, together=frozen.shares_weights)
+            length = scored_tokens(sample, together=config.contrast.scores_views_together)
             if waiting and num_tokens + length > config.packing.score_tokens:
                 score_waiting()
             waiting.append((index, sample))
@@ -71,16 +71,16 @@ def sample_and_score(
 
 
 def scored_tokens(sample: Sample, *, together: bool) -> int:
-    """Tokens that a sample takes in a scoring pack: all its views with shared weights, else the longest."""
+    """Tokens that a sample takes in a scoring pack: those of all its views, or of the longest."""
     shared = len(sample.rendered.prompt_ids) + sample.num_actions
     views = [len(prefix) + shared for prefix in sample.rendered.prefix_ids]
     return sum(views) if together else max(views)
 
 
-def joined(pieces: Sequence[tuple[Sample, Tensor, Tensor]]) -> ScoredSamples:
-    """One record of the samples with their targets and plain log-probs."""
-    samples = [sample for sample, _, _ in pieces]
+def joined(pieces: Sequence[tuple[Sample, dict[str, Tensor]]]) -> ScoredSamples:
+    """One record of the samples with their values by name."""
+    samples = [sample for sample, _ in pieces]
     offsets = np.cumsum([0, *(sample.num_actions for sample in samples)], dtype=np.int64)
-    empty = torch.empty(0)
-    targets = torch.cat([empty, *(targets for _, targets, _ in pieces)])
-    return ScoredSamples(samples, targets, torch.cat([empty, *(plain for _, _, plain in pieces)]), offsets)
+    names = pieces[0][1] if pieces else ("targets", "plain_logprobs")
+    columns = {name: torch.cat([torch.empty(0), *(values[name] for _, values in pieces)]) for name in names}
+    return ScoredSamples(samples, offsets=offsets, **columns)

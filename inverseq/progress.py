@@ -29,6 +29,7 @@ COLUMNS = (
     ("loss", "loss", ".4f"),
     ("rms\nlog ratio", "rms_log_ratio", ".3f"),
     ("KL to\nplain", "kl_to_plain", ".4f"),
+    ("KL to\ninitial", "kl_to_initial", ".4f"),
     ("response\ntokens", "response_length", ".1f"),
     ("ended\nby EOS", "eos_rate", ".0%"),
     ("sample\ns", "sample_duration_s", ".1f"),

@@ -139,6 +139,13 @@ class ScoredSamples:
     targets: Tensor  # [A] fp32 on the host, log π̂(y_t)
     plain_logprobs: Tensor  # [A] fp32 on the host, log π_l(y_t)
     offsets: np.ndarray  # [num_samples + 1] int64
+    initial_logprobs: Tensor | None = None  # [A] fp32 on the host, of the initial policy; with contrast.kl_to_initial
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """What every action was given, by name, each [A]; only what there is."""
+        names = ("targets", "plain_logprobs", "initial_logprobs")
+        return {name: values for name in names if (values := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +156,20 @@ class MicroBatch:
     targets: Tensor  # [A] fp32, log π̂(y_t)
     plain_logprobs: Tensor  # [A] fp32, log π_l(y_t)
     loss_weights: Tensor  # [A] fp32
+    initial_logprobs: Tensor | None = None  # [A] fp32, as in ``ScoredSamples``
 
     def device_tensors(self) -> list[Tensor]:
         """What a micro-batch reads on the device."""
-        return [*self.pack.device_tensors(), *(getattr(self, item.name) for item in fields(self)[1:])]
+        return [*self.pack.device_tensors(), *self._values().values()]
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on ``device``."""
-        return MicroBatch(self.pack.to(device), *(copied_to(getattr(self, f.name), device) for f in fields(self)[1:]))
+        moved = {name: copied_to(values, device) for name, values in self._values().items()}
+        return MicroBatch(self.pack.to(device), **moved)
+
+    def _values(self) -> dict[str, Tensor]:
+        names = [item.name for item in fields(self)[1:]]
+        return {name: values for name in names if (values := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +196,4 @@ class StepMetrics:
     learning_rate: float
     duration_s: float
     peak_memory_bytes: int  # 0 where the device does not count it
+    kl_to_initial: float | None = None  # mean of log π_θ − log π_initial, with contrast.kl_to_initial

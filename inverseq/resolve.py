@@ -327,7 +327,7 @@ def check_lengths(config: Config, items: Sequence[RenderedPrompt]) -> None:
             f"longest prompt of {plain} tokens with sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
     views = [[length + response for length in view_lengths_of(item)] for item in items]
-    together = config.contrast.kind == "principle"  # views of one model stand in one pack, of two models apart
+    together = config.contrast.scores_views_together
     needed = max(sum(lengths) if together else max(lengths) for lengths in views)
     if needed > config.packing.score_tokens:
         raise ValueError(

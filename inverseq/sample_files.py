@@ -49,15 +49,13 @@ def held_out_path(run_dir: Path | str) -> Path:
 
 
 def write_samples(path: Path | str, scored: ScoredSamples, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write samples in order, with log π̂(y_t) as ``targets`` and log π_l(y_t) as ``plain_logprobs``."""
+    """Write samples in order, each with its part of ``ScoredSamples.values`` under the same names."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for index, sample in enumerate(scored.samples):
             actions = slice(int(scored.offsets[index]), int(scored.offsets[index + 1]))
             row = _sample_row(sample, _text(tokenizer, sample.response))
-            row["targets"] = _floats_out(scored.targets[actions])
-            row["plain_logprobs"] = _floats_out(scored.plain_logprobs[actions])
-            yield row
+            yield row | {name: _floats_out(values[actions]) for name, values in scored.values.items()}
 
     write_jsonl(path, rows())
 
@@ -67,21 +65,23 @@ def read_samples(path: Path | str, prompts: Sequence[RenderedPrompt] | None = No
 
     Raises ValueError naming file and line of a row that is not a sample, or that answers another prompt.
     """
-    samples, targets, plain_logprobs = [], [], []
+    samples, columns = [], {"targets": [], "plain_logprobs": []}
     for number, content in read_jsonl(path):
         row = _Row(path, number, content)
         sample = _sample_in(row)
         if prompts is not None and number <= len(prompts):
             row.require_prompt(sample.rendered, prompts[number - 1])
+        if "initial_logprobs" in content and not samples:
+            columns["initial_logprobs"] = []
         samples.append(sample)
-        targets.append(row.floats("targets", sample.num_actions))
-        plain_logprobs.append(row.floats("plain_logprobs", sample.num_actions))
+        for name, values in columns.items():
+            values.append(row.floats(name, sample.num_actions))
     if not samples:
         raise ValueError(f"{path}: no samples in this file")
     if prompts is not None and len(samples) != len(prompts):
         raise ValueError(f"{path}: {len(samples)} samples; expected {len(prompts)}, one per prompt")
     offsets = np.cumsum([0, *(sample.num_actions for sample in samples)], dtype=np.int64)
-    return ScoredSamples(samples, torch.cat(targets), torch.cat(plain_logprobs), offsets)
+    return ScoredSamples(samples, offsets=offsets, **{name: torch.cat(values) for name, values in columns.items()})
 
 
 def write_evaluation(

@@ -62,8 +62,8 @@ def plan_steps(
 
 def _micro_batch(pack: PackedViews, scored: ScoredSamples, num_actions: np.ndarray, loss_reduction: str) -> MicroBatch:
     rows = pack.action_rows(scored.offsets)
-    weights = _loss_weights(pack, num_actions, loss_reduction)
-    return MicroBatch(pack, scored.targets[rows], scored.plain_logprobs[rows], weights)
+    own = {name: values[rows] for name, values in scored.values.items()}
+    return MicroBatch(pack, loss_weights=_loss_weights(pack, num_actions, loss_reduction), **own)
 
 
 def _loss_weights(pack: PackedViews, num_actions: np.ndarray, loss_reduction: str) -> Tensor:

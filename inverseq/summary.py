@@ -22,7 +22,7 @@ def step_row(epoch: int, num_updates: int, step: TrainStep, metrics: StepMetrics
     return {
         "epoch": epoch,
         "step": num_updates,
-        **asdict(metrics),
+        **{name: value for name, value in asdict(metrics).items() if value is not None},
         "num_samples": step.num_samples,
         "num_actions": step.num_actions,
         "num_tokens": step.num_tokens,
@@ -49,6 +49,7 @@ def epoch_row(epoch: int, num_updates: int, steps: Sequence[tuple[TrainStep, Ste
         return sum(w * v for w, v in zip(weights, values, strict=True)) / total
 
     all_metrics = [metrics for _, metrics in steps]
+    initial = all_metrics[0].kl_to_initial
     num_tokens = sum(step.num_tokens for step, _ in steps)
     return {
         "epoch": epoch,
@@ -57,6 +58,7 @@ def epoch_row(epoch: int, num_updates: int, steps: Sequence[tuple[TrainStep, Ste
         "mean_log_ratio": mean(m.mean_log_ratio for m in all_metrics),
         "rms_log_ratio": math.sqrt(mean(m.rms_log_ratio**2 for m in all_metrics)),
         "kl_to_plain": mean(m.kl_to_plain for m in all_metrics),
+        **({} if initial is None else {"kl_to_initial": mean(m.kl_to_initial for m in all_metrics)}),
         "grad_norm": mean(m.grad_norm for m in all_metrics),
         "learning_rate": all_metrics[-1].learning_rate,
         "num_samples": sum(step.num_samples for step, _ in steps),
@@ -83,9 +85,14 @@ def response_metrics(scored: ScoredSamples) -> dict:
 def held_out_row(held_out: ScoredSamples, policy_logprobs: Tensor) -> dict:
     """Mean of (log π̂ − log π_θ)² over the held-out actions, and how far the policy is from π_l on them.
 
-    ``policy_logprobs`` is log π_θ(y_t), [A] fp32 on the host, in the order of the held-out targets.
+    ``policy_logprobs`` is log π_θ(y_t), [A] fp32 on the host, in the order of the held-out targets. With
+    ``contrast.kl_to_initial`` also how far it is from the initial policy, whose samples these are.
     """
-    return {
-        "held_out/mean_squared_log_ratio": (held_out.targets.double() - policy_logprobs).square().mean().item(),
-        "held_out/mean_log_ratio_to_plain": (policy_logprobs.double() - held_out.plain_logprobs).mean().item(),
+    values = {name: column.double() for name, column in held_out.values.items()}
+    row = {
+        "held_out/mean_squared_log_ratio": (values["targets"] - policy_logprobs).square().mean().item(),
+        "held_out/mean_log_ratio_to_plain": (policy_logprobs.double() - values["plain_logprobs"]).mean().item(),
     }
+    if "initial_logprobs" in values:
+        row["held_out/mean_log_ratio_to_initial"] = (policy_logprobs - values["initial_logprobs"]).mean().item()
+    return row

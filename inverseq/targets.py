@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from inverseq_kernels import contrastive_logprob
+from inverseq_kernels import contrastive_logprob, linear_logprob
 from torch import Tensor
 
-from .config import Config, PackingConfig
+from .config import Config
 from .distributed import Ranks
 from .model import FrozenPair, action_hidden, head_of
 from .packing import FlatSamples, pack_views, plan_packs, view_lengths, write_pack
@@ -39,36 +39,39 @@ def score_targets(
 ) -> ScoredSamples:
     """Score every action of the samples: log π̂(y_t) and log π_l(y_t), fp32 [A] on the host, in sample order.
 
+    With ``contrast.kl_to_initial`` also those by the better model, as which the policy starts, reading the policy's
+    view: where that is its own view its hidden states are there already, else both stand in one pack.
+
     All ranks give all samples and get all targets; each scores some packs, equally many. ``advance`` is called with the
     number of samples a pack held after each pack.
     """
     ranks = ranks or Ranks()
     offsets = np.zeros(len(samples) + 1, dtype=np.int64)
     np.cumsum([sample.num_actions for sample in samples], out=offsets[1:])
-    targets_A = torch.full((int(offsets[-1]),), float("nan"))
-    plain_A = torch.full((int(offsets[-1]),), float("nan"))
+    names = ("targets", "plain_logprobs") + ("initial_logprobs",) * config.contrast.kl_to_initial
+    values = {name: torch.full((int(offsets[-1]),), float("nan")) for name in names}
     plan, contrast = (_packs_together, _contrast_views) if frozen.shares_weights else (_packs_apart, _contrast_models)
     device = next(frozen.parameters()).device
     share_prefix = config.packing.shares_prefix(device.type, len(samples[0].rendered.prefix_ids) if samples else 1)
-    packing = replace(config.packing, share_prefix=share_prefix)
+    config = replace(config, packing=replace(config.packing, share_prefix=share_prefix))
     scored = []
     # Weights that are gathered for one forward cannot be inference tensors.
     with torch.inference_mode() if type(frozen) is FrozenPair else torch.no_grad():
-        planned = map(ScoringPacks, plan(samples, packing, num_valid_vocab, ranks))
+        planned = map(ScoringPacks, plan(samples, config, num_valid_vocab, ranks))
         results = (
             (there.packs[-1], frozen(contrast, here.packs, config, num_valid_vocab))
             for there, here in copied_ahead(planned, device)
         )
-        for pack, (pack_targets, pack_plain) in read_behind(results, device):
+        for pack, found in read_behind(results, device):
             if not pack.is_dummy:
-                scored.append((pack.action_rows(offsets), pack_targets, pack_plain))
+                scored.append((pack.action_rows(offsets), found))
                 advance(len(pack.sample_index.unique()))
-    for rows, pack_targets, pack_plain in itertools.chain(*ranks.gather(scored)):
-        targets_A[rows] = pack_targets
-        plain_A[rows] = pack_plain
-    if torch.isnan(plain_A).any() or torch.isnan(targets_A).any():
+    for rows, found in itertools.chain(*ranks.gather(scored)):
+        for name, pack_values in zip(names, found, strict=True):
+            values[name][rows] = pack_values
+    if any(torch.isnan(column).any() for column in values.values()):
         raise ArithmeticError("a frozen model gave log-probabilities that are not numbers")
-    return ScoredSamples(samples, targets_A, plain_A, offsets)
+    return ScoredSamples(samples, offsets=offsets, **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +88,15 @@ class ScoringPacks:
 
 
 def _packs_together(
-    samples, packing: PackingConfig, num_valid_vocab: int, ranks: Ranks
+    samples: Sequence[Sample], config: Config, num_valid_vocab: int, ranks: Ranks
 ) -> Iterator[tuple[PackedViews, ...]]:
     """A rank's packs that hold all views of their samples."""
     num_views = len(samples[0].rendered.prefix_ids) if samples else 1
     for pack in pack_views(
         samples,
         tuple(range(num_views)),
-        token_budget=packing.score_tokens,
-        share_prefix=packing.share_prefix,
+        token_budget=config.packing.score_tokens,
+        share_prefix=config.packing.share_prefix,
         num_valid_vocab=num_valid_vocab,
         num_ranks=ranks.world_size,
         rank=ranks.rank,
@@ -102,17 +105,18 @@ def _packs_together(
 
 
 def _packs_apart(
-    samples, packing: PackingConfig, num_valid_vocab: int, ranks: Ranks
+    samples: Sequence[Sample], config: Config, num_valid_vocab: int, ranks: Ranks
 ) -> Iterator[tuple[PackedViews, ...]]:
     """A rank's pairs of packs of the same samples, one for each model."""
-    num_views = len(samples[0].rendered.prefix_ids) if samples else 1
-    lengths = np.max([view_lengths(samples, (view,)) for view in range(num_views)], axis=0)
-    plan = plan_packs(lengths, token_budget=packing.score_tokens, num_ranks=ranks.world_size)
-    flat, share_prefix = FlatSamples.of(samples), packing.share_prefix
+    views = tuple(range(len(samples[0].rendered.prefix_ids))) if samples else (0,)
+    better = views if config.contrast.scores_views_together else views[:1]
+    flat, share_prefix = FlatSamples.of(samples), config.packing.share_prefix
+    lengths = np.maximum(view_lengths(flat, better), view_lengths(flat, views[-1:]))
+    plan = plan_packs(lengths, token_budget=config.packing.score_tokens, num_ranks=ranks.world_size)
     for indices in plan.packs(0, ranks.rank):
         yield tuple(
-            write_pack(flat, indices, (view,), share_prefix=shared, num_valid_vocab=num_valid_vocab)
-            for view, shared in ((0, share_prefix), (num_views - 1, False))
+            write_pack(flat, indices, read, share_prefix=shared, num_valid_vocab=num_valid_vocab)
+            for read, shared in ((better, share_prefix), (views[-1:], False))
         )
 
 
@@ -122,11 +126,25 @@ def _contrast_views(frozen: FrozenPair, packs, config: Config, num_valid_vocab: 
     return _contrast(frozen, hidden_VAD[0], hidden_VAD[-1], packs[0].token_ids, config, num_valid_vocab)
 
 
-def _contrast_models(frozen: FrozenPair, packs, config: Config, num_valid_vocab: int) -> tuple[Tensor, Tensor]:
-    """Targets and log π_l of two packs of the same samples, for two models."""
-    hidden_w = action_hidden(frozen.better, packs[0])[0]
+def _contrast_models(frozen: FrozenPair, packs, config: Config, num_valid_vocab: int) -> tuple[Tensor, ...]:
+    """Targets and log π_l of two packs of the same samples, for two models; on request the better one's log-probs."""
+    hidden_VAD, token_ids = action_hidden(frozen.better, packs[0]), packs[1].token_ids
     hidden_l = action_hidden(frozen.plain, packs[1])[0]
-    return _contrast(frozen, hidden_w, hidden_l, packs[1].token_ids, config, num_valid_vocab)
+    found = _contrast(frozen, hidden_VAD[0], hidden_l, token_ids, config, num_valid_vocab)
+    if not config.contrast.kl_to_initial:
+        return found
+    head = head_of(frozen.better, num_valid_vocab)
+    initial = linear_logprob(
+        hidden_VAD[-1],
+        head.weight,
+        token_ids,
+        bias=head.bias,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        num_valid_vocab=head.num_valid_vocab,
+        **config.engine.kernel_options(),
+    )
+    return (*found, initial)
 
 
 def _contrast(

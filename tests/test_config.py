@@ -184,6 +184,7 @@ def test_a_server_is_described_whole(key, value, expectation):
         ("contrast.alpha=nan", ("contrast.alpha=nan", "expected a finite number")),
         ("contrast.alpha=-inf", ("contrast.alpha=-inf", "expected a finite number")),
         ("contrast.kind=modle", ("contrast.kind='modle'", "one of principle, model")),
+        ("contrast.kl_to_initial=true", ("contrast.kl_to_initial=True", "false with contrast.kind=principle")),
         ("logging.wandb=1", ("logging.wandb=1", "expected true or false")),
         ("logging.wandb=maybe", ("logging.wandb='maybe'", "expected true or false")),
         ("run_dir=null", ("run_dir=None", "expected text")),
@@ -194,6 +195,11 @@ def test_a_bad_override_names_key_value_and_expectation(override, parts):
     message = error_of("demo", override)
     for part in parts:
         assert part in message
+
+
+def test_the_initial_model_cannot_be_both_kept_and_replaced():
+    words = ("contrast.kl_to_initial=true", "contrast.refresh_every=2")
+    assert "contrast.kl_to_initial=True: expected false with contrast.refresh" in error_of("zephyr-7b-beta", *words)
 
 
 def test_an_unknown_key_without_a_near_one_suggests_nothing():

@@ -124,6 +124,16 @@ def test_metrics_are_those_of_the_formula(model):
     assert metrics.loss == pytest.approx(metrics.rms_log_ratio**2, rel=1e-4)
 
 
+@pytest.mark.parametrize("budget", [40, 1024])
+def test_the_divergence_from_the_initial_model_is_reported_where_it_was_scored(model, budget):
+    scored = scored_samples(model, count=4)
+    initial = scored.plain_logprobs - torch.linspace(-0.5, 1.0, len(scored.targets))
+    _, (metrics,) = run(model, replace(scored, initial_logprobs=initial), budget=budget)
+    assert metrics.kl_to_initial == pytest.approx(0.25, rel=1e-4)
+    assert metrics.kl_to_plain == pytest.approx(0.0, abs=1e-5)
+    assert run(model, scored, budget=budget)[1][0].kl_to_initial is None
+
+
 def test_a_non_finite_loss_stops_before_the_update(model):
     scored = scored_samples(model)
     engine = make_engine(model)

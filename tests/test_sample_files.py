@@ -96,6 +96,18 @@ def test_samples_come_back_as_they_were_written(tmp_path, tokenizer, views):
     assert torch.equal(back.targets, scored.targets) and back.targets.dtype == torch.float32
     assert torch.equal(back.plain_logprobs, scored.plain_logprobs)
     assert not torch.equal(back.targets, back.plain_logprobs)
+    assert back.initial_logprobs is None
+
+
+def test_log_probs_of_the_initial_model_are_kept_where_they_were_scored(tmp_path, tokenizer):
+    scored = score(make_samples())
+    scored = replace(scored, initial_logprobs=scored.plain_logprobs + 0.5)
+    path = samples_path(tmp_path, 1)
+    write_samples(path, scored, tokenizer)
+    assert torch.equal(read_samples(path).initial_logprobs, scored.initial_logprobs)
+    spoil(path, 2, initial_logprobs=None)
+    with pytest.raises(ValueError, match=r"line 2: .*initial_logprobs"):
+        read_samples(path)
 
 
 def test_held_out_samples_must_answer_the_prompts_of_the_run(tmp_path, tokenizer):

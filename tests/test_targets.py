@@ -13,7 +13,7 @@ from inverseq.packing import pack_views
 from inverseq.policy import Policy
 from inverseq.targets import score_targets
 from tests.tiny import make_tiny_model
-from tests.tiny_samples import make_samples, superior_logprobs
+from tests.tiny_samples import full_logprobs, make_samples, superior_logprobs
 
 MODEL = ModelConfig(path="tiny", device="cpu")
 
@@ -26,10 +26,11 @@ def models(tmp_path_factory):
     ]
 
 
-def score(better, plain, samples, *, alpha=1.4, kind="principle", budget=64, share_prefix=False):
+def score(better, plain, samples, *, alpha=1.4, kind="principle", budget=64, share_prefix=False, initial=False):
     for model in (better, plain):
         model.set_attn_implementation(ATTENTION_NAME)
-    contrast = ContrastConfig(kind=kind, alpha=alpha, plain_model="other" if kind == "model" else "")
+    other = "other" if kind == "model" else ""
+    contrast = ContrastConfig(kind=kind, alpha=alpha, plain_model=other, kl_to_initial=initial)
     packing = PackingConfig(score_tokens=budget, share_prefix=share_prefix)
     config = Config(model=MODEL, contrast=contrast, packing=packing, run_dir="unused")
     return score_targets(FrozenPair(better, plain), samples, config, num_valid_vocab=512)
@@ -53,6 +54,29 @@ def test_model_contrast_equals_the_formula_with_and_without_a_principle(models, 
     targets, plain = superior_logprobs(models[0], models[1], samples, 1.4)
     torch.testing.assert_close(scored.targets.double(), targets, rtol=0, atol=2e-5)
     torch.testing.assert_close(scored.plain_logprobs.double(), plain, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_the_initial_model_is_scored_on_the_policys_view(models, num_views, share_prefix):
+    samples = make_samples(6, num_views=num_views, seed=3)
+    for sample in samples:
+        object.__setattr__(sample.rendered, "prefix_ids", samples[0].rendered.prefix_ids)
+    forwards = []
+    handle = models[0].get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    shared = {"budget": 4096, "share_prefix": share_prefix, "kind": "model"}
+    scored = score(models[0], models[1], samples, **shared, initial=True)
+    handle.remove()
+    assert len(forwards) == 1, "the hidden states of both its views come from one forward"
+    without = score(models[0], models[1], samples, **shared)
+    assert without.initial_logprobs is None and list(without.values) == ["targets", "plain_logprobs"]
+    torch.testing.assert_close(scored.targets, without.targets, rtol=0, atol=1e-5)
+    initial = []
+    for sample in samples:
+        token_ids = torch.from_numpy(sample.response.token_ids.astype(np.int64))[:, None]
+        initial.append(full_logprobs(models[0], sample, -1).gather(1, token_ids)[:, 0])
+    torch.testing.assert_close(scored.initial_logprobs.double(), torch.cat(initial), rtol=0, atol=2e-5)
+    assert (scored.initial_logprobs - scored.plain_logprobs).abs().max() > 0.1
 
 
 def test_identical_models_and_views_give_the_plain_logprob_exactly(models):

@@ -122,6 +122,7 @@ def test_model_contrast_trains_on_the_two_models_targets(model_path, tmp_path):
         "contrast.kind=model",
         f"contrast.plain_model={plain_path}",
         "contrast.principle=",
+        "contrast.kl_to_initial=true",
         "epochs=1",
     ]
     overrides = [item for item in overrides if item != "epochs=2"]
@@ -132,7 +133,22 @@ def test_model_contrast_trains_on_the_two_models_targets(model_path, tmp_path):
     targets, plain_logprobs = superior_logprobs(better, plain, list(scored.samples), 1.4)
     torch.testing.assert_close(scored.targets.double(), targets, rtol=0, atol=5e-5)
     torch.testing.assert_close(scored.plain_logprobs.double(), plain_logprobs, rtol=0, atol=5e-5)
-    assert [row["epoch"] for row in rows(run_dir, "epoch")] == [0, 1]
+    assert_divergence_from_the_initial_model(run_dir, better)
+
+
+def assert_divergence_from_the_initial_model(run_dir, initial):
+    before, after = rows(run_dir, "epoch")
+    steps = rows(run_dir, "step")
+    assert steps[0]["kl_to_initial"] == pytest.approx(0.0, abs=1e-5), "the policy starts as the initial model"
+    weights = [row["num_actions"] for row in steps]
+    mean = sum(row["kl_to_initial"] * weight for row, weight in zip(steps, weights, strict=True)) / sum(weights)
+    assert after["kl_to_initial"] == pytest.approx(mean) and abs(mean) > 1e-4
+    held_out = read_samples(run_dir / "held_out.jsonl")
+    trained = AutoModelForCausalLM.from_pretrained(run_dir / "export").eval()
+    own, initials = (superior_logprobs(model, model, list(held_out.samples), 1.0)[1] for model in (trained, initial))
+    key = "held_out/mean_log_ratio_to_initial"
+    assert before[key] == pytest.approx(0.0, abs=1e-5)
+    assert after[key] == pytest.approx((own - initials).mean().item(), rel=1e-3, abs=1e-5)
 
 
 def test_a_plain_model_with_an_unknown_head_is_refused(model_path, tmp_path, monkeypatch):
