@@ -136,6 +136,8 @@ def steps_of_pairs(
                 num_samples=last - first,
                 num_tokens=0,
                 num_actions=num_actions,
+                num_packs=len(pairs),
+                num_dummy_tokens=0,
                 index=len(steps),
             )
         )

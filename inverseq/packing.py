@@ -25,9 +25,10 @@ except ImportError as error:
         f"source checkout, or `pip install ./kernels .` (both need a C++17 compiler). Python said: {error}"
     ) from error
 
-__all__ = ["FlatSamples", "PackPlan", "Ragged", "pack_views", "plan_packs", "view_lengths", "write_pack"]
+__all__ = ["DUMMY_TOKENS", "FlatSamples", "PackPlan", "Ragged", "pack_views", "plan_packs", "view_lengths", "write_pack"]
 
 ANY_TOKEN_ID = 2**31  # token ids are int32
+DUMMY_TOKENS = 2  # of a pack without samples, under each view
 
 
 class Ragged(NamedTuple):
@@ -106,6 +107,11 @@ class PackPlan:
     def num_micro_steps(self, step: int = 0) -> int:
         """Packs of each rank in a step."""
         return int(self.step_offsets[step + 1] - self.step_offsets[step]) // self.num_ranks
+
+    def num_dummies(self, step: int = 0) -> int:
+        """Packs of a step without samples, over all ranks."""
+        bounds = self.pack_offsets[int(self.step_offsets[step]) : int(self.step_offsets[step + 1]) + 1]
+        return int((np.diff(bounds) == 0).sum())
 
     def packs(self, step: int = 0, rank: int = 0) -> list[np.ndarray]:
         """Sample indices of a rank's packs in a step, int64, the dearest pack and in it the longest sample first."""
@@ -261,16 +267,17 @@ def _int64_vector(values, name: str) -> np.ndarray:
 
 
 def _dummy_pack(num_views: int) -> PackedViews:
-    """Two tokens of id 0 and one action under each view: enough for forward and backward to run."""
+    """Tokens of id 0 and one action under each view: enough for forward and backward to run."""
+    starts = torch.arange(0, DUMMY_TOKENS * num_views + 1, DUMMY_TOKENS, dtype=torch.int32)
     return PackedViews(
-        input_ids=torch.zeros(2 * num_views, dtype=torch.int64),
-        position_ids=torch.arange(2).repeat(num_views),
-        cu_seqlens=torch.arange(0, 2 * num_views + 1, 2, dtype=torch.int32),
-        max_seqlen=2,
+        input_ids=torch.zeros(DUMMY_TOKENS * num_views, dtype=torch.int64),
+        position_ids=torch.arange(DUMMY_TOKENS).repeat(num_views),
+        cu_seqlens=starts,
+        max_seqlen=DUMMY_TOKENS,
         parent_seq=torch.full((num_views,), -1, dtype=torch.int32),
-        action_index=torch.arange(1, 2 * num_views, 2)[:, None],
+        action_index=starts[1:, None].long() - 1,
         token_ids=torch.zeros(1, dtype=torch.int64),
         sample_index=torch.zeros(1, dtype=torch.int64),
-        seqlens=(2,) * num_views,
+        seqlens=(DUMMY_TOKENS,) * num_views,
         is_dummy=True,
     )

@@ -178,9 +178,11 @@ class TrainStep:
 
     micro_batches: Sequence[MicroBatch]  # equally many on all ranks
     denominator: float  # over all ranks and micro-batches
-    num_samples: int  # over all ranks, as the two counts below
+    num_samples: int  # over all ranks, as the counts below
     num_tokens: int
     num_actions: int
+    num_packs: int
+    num_dummy_tokens: int  # of packs that hold no sample
     index: int  # position within the epoch
 
 

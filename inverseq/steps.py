@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import OptimConfig, PackingConfig
-from .packing import FlatSamples, plan_packs, view_lengths, write_pack
+from .packing import DUMMY_TOKENS, FlatSamples, plan_packs, view_lengths, write_pack
 from .records import MicroBatch, PackedViews, ScoredSamples, TrainStep
 
 __all__ = ["plan_steps", "step_sizes"]
@@ -53,6 +53,8 @@ def plan_steps(
                 num_samples=size,
                 num_tokens=int(lengths[step_samples].sum()),
                 num_actions=int(num_actions[step_samples].sum()),
+                num_packs=num_ranks * len(packs),
+                num_dummy_tokens=plan.num_dummies(index) * DUMMY_TOKENS,
                 index=index,
             )
         )

@@ -1,7 +1,8 @@
 """Metric rows: what a step, an epoch and the held-out set report, as flat dictionaries.
 
-Means over an epoch are weighted by action tokens. ``pad_waste`` is the share of this rank's processed tokens that stand
-for no sample (dummy packs: nothing is padded); ``pack_fill`` is the share of the packs' token budget that was used.
+Means over an epoch are weighted by action tokens, and counts are over all ranks. ``pad_waste`` is the share of the
+processed tokens that stand for no sample (dummy packs: nothing is padded); ``pack_fill`` is the share of the packs'
+token budget that was used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from .records import PackedViews, ScoredSamples, StepMetrics, TrainStep
+from .records import ScoredSamples, StepMetrics, TrainStep
 
 __all__ = ["epoch_row", "held_out_row", "response_metrics", "step_row"]
 
@@ -26,17 +27,17 @@ def step_row(epoch: int, num_updates: int, step: TrainStep, metrics: StepMetrics
         "num_samples": step.num_samples,
         "num_actions": step.num_actions,
         "num_tokens": step.num_tokens,
-        "num_packs": len(step.micro_batches),
-        **_packing_metrics([batch.pack for batch in step.micro_batches], token_budget),
+        "num_packs": step.num_packs,
+        **_packing_metrics([step], token_budget),
         "tokens_per_second": step.num_tokens / metrics.duration_s,
     }
 
 
-def _packing_metrics(packs: Sequence[PackedViews], token_budget: int) -> dict:
-    real = sum(pack.num_tokens for pack in packs if not pack.is_dummy)
+def _packing_metrics(steps: Sequence[TrainStep], token_budget: int) -> dict:
+    real = sum(step.num_tokens for step in steps)
     return {
-        "pad_waste": 1.0 - real / sum(pack.num_tokens for pack in packs),
-        "pack_fill": real / (len(packs) * token_budget),
+        "pad_waste": 1.0 - real / (real + sum(step.num_dummy_tokens for step in steps)),
+        "pack_fill": real / (sum(step.num_packs for step in steps) * token_budget),
     }
 
 
@@ -64,7 +65,7 @@ def epoch_row(epoch: int, num_updates: int, steps: Sequence[tuple[TrainStep, Ste
         "num_samples": sum(step.num_samples for step, _ in steps),
         "num_actions": total,
         "num_tokens": num_tokens,
-        **_packing_metrics([batch.pack for step, _ in steps for batch in step.micro_batches], token_budget),
+        **_packing_metrics([step for step, _ in steps], token_budget),
         "train_tokens_per_second": num_tokens / sum(m.duration_s for m in all_metrics),
         "peak_memory_bytes": max(m.peak_memory_bytes for m in all_metrics),
     }

@@ -39,10 +39,18 @@ def test_one_process_wastes_nothing_and_fill_is_the_used_budget(scored):
     assert row["tokens_per_second"] == tokens / 2.0
 
 
-def test_dummy_packs_count_as_waste(scored):
-    last_step = [steps_of(scored, num_ranks=2, rank=rank)[1] for rank in range(2)]
-    waste = [step_row(1, 2, step, METRICS, 40)["pad_waste"] for step in last_step]
-    assert sorted(waste) == [0.0, 1.0], "one sample on two ranks: one rank runs a dummy pack only"
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_packs_of_all_ranks_are_counted_whichever_rank_writes_the_row(scored, num_ranks):
+    ranks = [steps_of(scored, num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)]
+    for index, steps in enumerate(zip(*ranks, strict=True)):
+        packs = [batch.pack for step in steps for batch in step.micro_batches]
+        real, dummies = (sum(p.num_tokens for p in packs if p.is_dummy == is_dummy) for is_dummy in (False, True))
+        rows = [step_row(1, index + 1, step, METRICS, 40) for step in steps]
+        assert all(row == rows[0] for row in rows)
+        assert rows[0]["num_packs"] == len(packs) and rows[0]["num_tokens"] == real
+        assert rows[0]["pad_waste"] == pytest.approx(dummies / (real + dummies))
+        assert rows[0]["pack_fill"] == pytest.approx(real / (len(packs) * 40))
+    assert dummies == 2 * (num_ranks - 1), "the last step holds one sample: the other ranks run a dummy pack"
 
 
 def test_epoch_means_are_weighted_by_action_tokens(scored):
