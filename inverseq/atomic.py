@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -88,9 +88,10 @@ def atomic_file(path: Path | str) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def atomic_directory(path: Path | str) -> Iterator[Path]:
+def atomic_directory(path: Path | str, *, before_rename: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """An empty folder to fill; it replaces ``path`` when the block ends without an error.
 
+    ``before_rename`` is called in between, when everything is on the disk; an error of its own keeps what stood there.
     A folder that stands there is exchanged in one system call where the file system can do that (Linux, local disks);
     elsewhere it is renamed away first, and a kill between the two renames leaves it under ``.NAME.old``.
     """
@@ -102,6 +103,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         _fsync_tree(temporary)
+        before_rename()
         if path.exists():
             _exchange(temporary, path)
         else:

@@ -17,6 +17,7 @@ import logging
 import platform
 import re
 import zlib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,19 @@ def save_checkpoint(
     engine_state: dict[str, Any],
     progress: dict[str, Any],
     keep_last: int,
+    before_rename: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``RUN/checkpoints/epoch_NNNN`` and return it; the newest ``keep_last`` stay.
 
-    ``engine_state`` holds tensors and plain Python values; ``progress`` (prompt cursor, optimizer step) plain JSON
-    values. Checkpoints of later epochs, from which the run was taken back, are removed too.
+    ``before_rename`` is called when all is on the disk and nothing counts yet. ``engine_state`` holds tensors and plain
+    Python values; ``progress`` (prompt cursor, optimizer step) plain JSON values. Checkpoints of later epochs, from
+    which the run was taken back, are removed too.
     Raises OSError naming the file when it cannot be written; the older checkpoints then stand as they were.
     """
     check_progress(progress)
     path = checkpoint_path(run_dir, epoch)
     remove_half_written(path.parent)
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, before_rename=before_rename) as folder:
         write_tensors(folder, path, MODEL_FILE, named_tensors(model))
         write_state(folder, path, ENGINE_FILE, engine_state)
         write_state(folder, path, RNG_FILE, rng_state())

@@ -66,17 +66,18 @@ def save_sharded_checkpoint(
     progress: dict[str, Any],
     keep_last: int,
     ranks: Ranks,
+    before_rename: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``RUN/checkpoints/epoch_NNNN`` by all ranks and return it; the newest ``keep_last`` stay.
 
     ``named_state`` gives all ranks (name, state of the whole weight) in one order. As ``save_checkpoint``: complete or
-    absent whenever any rank is killed, and OSError naming a file that cannot be written.
+    absent whenever any rank is killed, and OSError names a file that cannot be written. Rank 0 calls ``before_rename``.
     """
     check_progress(progress)
     path = checkpoint_path(run_dir, epoch)
     if ranks.is_main:
         remove_half_written(path.parent)
-    with _shared_folder(path, ranks) as folder:
+    with _shared_folder(path, ranks, before_rename) as folder:
         names = list(_write_parts(folder, path, named_state, ranks))
         write_state(folder, path, f"rng_{ranks.rank:04d}.pt", rng_state())
         names.append(f"rng_{ranks.rank:04d}.pt")
@@ -95,10 +96,10 @@ def save_sharded_checkpoint(
 
 
 @contextmanager
-def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
+def _shared_folder(path: Path, ranks: Ranks, before_rename: Callable[[], None]) -> Iterator[Path]:
     """The hidden folder that all ranks fill; rank 0 makes it and renames it at the end."""
     if ranks.is_main:
-        with atomic_directory(path) as folder:
+        with atomic_directory(path, before_rename=before_rename) as folder:
             ranks.barrier()
             yield folder
     else:

@@ -1,5 +1,9 @@
 """RUN/metrics.jsonl: one flat JSON object a row, of ``kind`` "step" or "epoch", and the same numbers in TensorBoard.
 
+The epoch's row is written when its checkpoint is on the disk and does not count yet, so that it holds the checkpoint's
+seconds and every complete checkpoint has its row. Answers to test prompts are drawn behind both: their seconds and peak
+of memory, ``evaluation_…``, stand in the next epoch's row, and those of the last epoch in the log alone.
+
 A row is on the disk when the call that wrote it returns. A number that is not finite is written as null, so that
 every row is valid JSON. A resumed run drops the rows after its checkpoint first, a torn last line with them.
 """

@@ -25,7 +25,16 @@ except ImportError as error:
         f"source checkout, or `pip install ./kernels .` (both need a C++17 compiler). Python said: {error}"
     ) from error
 
-__all__ = ["DUMMY_TOKENS", "FlatSamples", "PackPlan", "Ragged", "pack_views", "plan_packs", "view_lengths", "write_pack"]
+__all__ = [
+    "DUMMY_TOKENS",
+    "FlatSamples",
+    "PackPlan",
+    "Ragged",
+    "pack_views",
+    "plan_packs",
+    "view_lengths",
+    "write_pack",
+]
 
 ANY_TOKEN_ID = 2**31  # token ids are int32
 DUMMY_TOKENS = 2  # of a pack without samples, under each view

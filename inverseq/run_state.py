@@ -79,6 +79,12 @@ class State:
             yield advance
         self.durations_s[f"{name}_duration_s"] = time.perf_counter() - started
 
+    def phase_row(self) -> dict[str, float]:
+        """Seconds and peaks of memory of the phases since the last row."""
+        row = self.memory.row() | self.durations_s
+        self.durations_s = {}
+        return row
+
     @contextmanager
     def frozen_on_device(self) -> Iterator[FrozenPair]:
         """The frozen pair where it can be run: on the device for a while, or the policy without its adapters."""
@@ -251,10 +257,19 @@ def remove_refreshed(state: State) -> None:
             path.unlink()
 
 
-def save(state: State) -> None:
-    """Write the checkpoint of the epoch just finished."""
+def save(state: State, row: dict[str, Any]) -> None:
+    """Write the checkpoint of the epoch just finished, and the epoch's ``row`` before the checkpoint counts.
+
+    A run that is killed in between is resumed from the checkpoint before, which drops the row.
+    """
     started = time.perf_counter()
+
+    def write_row() -> None:
+        if state.log is not None:
+            state.log.epoch(row | {"checkpoint_duration_s": time.perf_counter() - started})
+
     common: dict[str, Any] = {
+        "before_rename": write_row,
         "progress": {"epoch": state.epoch, "prompts": state.resolved.prompts.state_dict()},
         "keep_last": state.config.checkpoint.keep_last,
     }

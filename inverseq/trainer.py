@@ -121,14 +121,12 @@ def run_epoch(state: State, config: Config) -> None:
     row |= response_metrics(scored)
     row |= measure_held_out(state)
     row["sample_tokens_per_second"] = row["num_actions"] / state.durations_s["sample_duration_s"]
-    row |= state.freshness.row | state.memory.row() | state.durations_s
+    row |= state.freshness.row | state.phase_row()
     row["weights_lag_steps"] = lag_steps
     row["epoch_duration_s"] = time.perf_counter() - started
     state.epoch = epoch
-    if state.log is not None:
-        state.log.epoch(row)
     refresh_contrast_if_due(state)
-    save(state)
+    save(state, row)
     evaluate_if_due(state)
 
 
@@ -139,7 +137,7 @@ def sample_epoch(state: State, prompts: Sequence[RenderedPrompt], epoch: int, pu
         ranks = Ranks()  # every rank reads all: which stored response a prompt gets depends on the prompts before it
     seed = sampling_seed(state.config, epoch, purpose, ranks)
     share = ranks.share(prompts)
-    with state.phase("sample", len(share)) as advance:
+    with state.phase("evaluation" if purpose == "evaluation" else "sample", len(share)) as advance:
         if state.ahead is not None:
             state.ahead.wait()  # it answers with the weights that this sync replaces
         state.freshness.sync(sampler, state.engine.full_model(), state.engine.num_updates, state.ranks)
@@ -218,7 +216,7 @@ def measure_before_training(state: State) -> None:
             write_samples(held_out_path(state.run_dir), state.held_out, state.resolved.tokenizer)
         row |= measure_held_out(state)
     if state.log is not None:
-        state.log.epoch(row | state.freshness.row | state.durations_s)
+        state.log.epoch(row | state.freshness.row | state.phase_row())
 
 
 def measure_held_out(state: State) -> dict[str, float]:

@@ -68,9 +68,11 @@ def test_metrics_have_one_row_a_step_and_an_epoch_with_the_promised_keys(run_dir
     promised = {
         "loss", "mean_log_ratio", "rms_log_ratio", "kl_to_plain", "response_length", "truncation_rate", "eos_rate",
         "pad_waste", "sample_duration_s", "score_duration_s", "train_duration_s", "train_tokens_per_second",
-        "peak_memory_sample_bytes", "peak_memory_score_bytes", "peak_memory_train_bytes",
+        "peak_memory_sample_bytes", "peak_memory_score_bytes", "peak_memory_train_bytes", "checkpoint_duration_s",
     }  # fmt: skip
     assert promised <= set(epochs[1])
+    assert ["evaluation_duration_s" in row for row in epochs] == [False, True, False], "in the row behind the answers"
+    assert ["checkpoint_duration_s" in row for row in epochs] == [False, True, True]
     assert all("held_out/mean_squared_log_ratio" in row for row in epochs)
     assert all(not isinstance(value, (dict, list)) for row in epochs + steps for value in row.values())
 

@@ -71,6 +71,20 @@ def before_call(owner, name: str, number: int, accident) -> None:
     setattr(owner, name, wrapper)
 
 
+def after_call(owner, name: str, number: int, accident) -> None:
+    """Let ``accident()`` happen just after call ``number`` of a function of the program."""
+    function, calls = getattr(owner, name), []
+
+    def wrapper(*args, **kwargs):
+        found = function(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == number:
+            accident()
+        return found
+
+    setattr(owner, name, wrapper)
+
+
 def tear_metrics_row(number: int) -> None:
     """Write only half of metrics row ``number`` and die."""
     append, calls = MetricsLog._append_line, []
@@ -98,7 +112,7 @@ def spoil_a_target() -> None:
         steps = plan(*args, **kwargs)
         calls.append(1)
         if len(calls) == 2:
-            steps[1].targets[0][0] = torch.nan
+            steps[1].micro_batches[0].targets[0] = torch.nan
         return steps
 
     trainer.plan_steps = wrapper
@@ -113,7 +127,8 @@ class Accident:
 
 
 AT_EPOCH_2 = 2 + STEPS_PER_EPOCH  # rows: epoch 0, the steps of epoch 1, epoch 1
-AT_END = AT_EPOCH_2 + STEPS_PER_EPOCH + 1
+BEFORE_THE_ROW = AT_EPOCH_2 + STEPS_PER_EPOCH  # the row of epoch 2 is written when its checkpoint is on the disk
+AT_END = BEFORE_THE_ROW + 1
 ACCIDENTS = {
     "before the held-out file": Accident(lambda: before_call(trainer, "write_samples", 1, kill), 0, 0),
     "within epoch 1": Accident(lambda: before_call(TorchEngine, "train_step", 2, kill), 0, 2),
@@ -125,13 +140,15 @@ ACCIDENTS = {
         lambda: before_call(TorchEngine, "train_step", STEPS_PER_EPOCH + 2, kill), 1, AT_EPOCH_2 + 1
     ),
     "within a metrics row": Accident(lambda: tear_metrics_row(AT_EPOCH_2 + 2), 1, AT_EPOCH_2 + 1),
-    "within the checkpoint": Accident(lambda: before_call(checkpoint, "write_state", 3, kill), 1, AT_END),
+    "within the checkpoint": Accident(lambda: before_call(checkpoint, "write_state", 3, kill), 1, BEFORE_THE_ROW),
+    "within the epoch's row": Accident(lambda: tear_metrics_row(AT_END), 1, BEFORE_THE_ROW),
+    "before the checkpoint's rename": Accident(lambda: after_call(MetricsLog, "epoch", 3, kill), 1, AT_END),
     "behind the checkpoint": Accident(lambda: before_call(checkpoint, "remove_old", 2, kill), 2, AT_END),
     "before the evaluation": Accident(
         lambda: before_call(trainer, "write_evaluation", 2, kill), 2, AT_END, own_samples=True
     ),
     "within the export": Accident(lambda: before_call(atomic, "_fsync_tree", 3, kill), 2, AT_END),
-    "disk full": Accident(lambda: before_call(run_state, "save_checkpoint", 2, fill_disk), 1, AT_END),
+    "disk full": Accident(lambda: before_call(run_state, "save_checkpoint", 2, fill_disk), 1, BEFORE_THE_ROW),
     "not a number": Accident(spoil_a_target, 1, AT_EPOCH_2 + 1),
 }
 

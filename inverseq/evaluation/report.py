@@ -170,10 +170,12 @@ def timing_section(epochs: list[dict]) -> str:
         [max(row["epoch_duration_s"] - low, 0.0) for row, low in zip(rows, bottom, strict=True)],
         bottom=bottom, label="other", color="#bbb",
     )  # fmt: skip
+    ends = [max(row["epoch_duration_s"], low) for row, low in zip(rows, bottom, strict=True)]
+    axes.bar(positions, [row.get("checkpoint_duration_s") or 0.0 for row in rows], bottom=ends, label="checkpoint")
     axes.set(xlabel="epoch", ylabel="seconds")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, ncols=6, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     mean = sum(row["epoch_duration_s"] for row in rows) / len(rows)
     return "<h2>Time</h2>" + figure_svg(figure, f"Seconds by phase; {mean:.1f} s an epoch in the mean")
 
