@@ -273,6 +273,8 @@ def train_without_update(bench: Bench, trainer: Trainer, steps: Sequence[TrainSt
                 total += loss.detach()
             losses.append(total)
             policy.zero_grad(set_to_none=True)
+            if bench.engine is not None:
+                bench.engine.zero_grad()  # where 16-bit gradients are summed
     return [loss.item() for loss in losses]
 
 

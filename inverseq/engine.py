@@ -1,7 +1,8 @@
 """The engine: turns one ``TrainStep`` into one update of the policy.
 
 ``TorchEngine`` is the single-process engine on a CPU or one GPU. Its optimizer state is fp32: bfloat16 weights are
-trained through fp32 master copies, because an update of 1e-6 is far below bfloat16's resolution.
+trained through fp32 master copies, because an update of 1e-6 is far below bfloat16's resolution. The gradients of
+micro-batches are summed in fp32, each as soon as the backward pass has made it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -132,6 +134,8 @@ class TorchEngine:
         self.weights = [p for p in policy.parameters() if p.requires_grad]
         self.names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.weights]
+        for weight, master in self._pairs():
+            weight.register_post_accumulate_grad_hook(partial(_add_gradient, master))
         self.optimizer = torch.optim.AdamW(
             self.masters,
             lr=optim.lr,
@@ -180,32 +184,24 @@ class TorchEngine:
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
-        self._gather_gradients()
 
-    def _gather_gradients(self) -> None:
-        """Add 16-bit gradients to the fp32 gradients of the master weights, where micro-batches are summed."""
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if master is weight or weight.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = weight.grad.float()
-            else:
-                master.grad += weight.grad
-            weight.grad = None
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each 16-bit weight with its fp32 master."""
+        return [(w, m) for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
 
     def _clip(self) -> Tensor:
         """Clip the accumulated gradients and return their norm before clipping."""
-        limit = self.optim.max_grad_norm or math.inf
-        return nn.utils.clip_grad_norm_(self.masters, limit)
+        if not self.optim.max_grad_norm:
+            return nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        return nn.utils.clip_grad_norm_(self.masters, self.optim.max_grad_norm)
 
     @torch.no_grad()
     def _update(self) -> None:
         self.optimizer.step()
         self.scheduler.step()
         self.zero_grad()
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if master is not weight:
-                weight.copy_(master)
+        if pairs := self._pairs():
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         self.num_updates += 1
 
     def zero_grad(self) -> None:
@@ -214,11 +210,10 @@ class TorchEngine:
 
     def state_dict(self) -> dict:
         """Optimizer, schedule and, for 16-bit weights, the fp32 master copies."""
-        masters = [m.detach() for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
-            "masters": masters,
+            "masters": [master.detach() for _, master in self._pairs()],
             "num_updates": self.num_updates,
         }
 
@@ -228,8 +223,7 @@ class TorchEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.num_updates = state["num_updates"]
-        masters = [m for w, m in zip(self.weights, self.masters, strict=True) if m is not w]
-        for master, saved in zip(masters, state["masters"], strict=True):
+        for (_, master), saved in zip(self._pairs(), state["masters"], strict=True):
             master.copy_(saved)
 
     @torch.no_grad()
@@ -245,3 +239,12 @@ class TorchEngine:
         self.num_updates = self.scheduler.last_epoch = num_updates
         for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
             group["lr"] = self.optim.lr * factor(num_updates)
+
+
+def _add_gradient(master: nn.Parameter, weight: nn.Parameter) -> None:
+    """Add a weight's 16-bit gradient to its master's fp32 sum and drop it: of all weights one exists at a time."""
+    if master.grad is None:
+        master.grad = weight.grad.float()
+    else:
+        master.grad += weight.grad
+    weight.grad = None

@@ -84,7 +84,8 @@ def zero_config(
         "steps_per_print": 2**31,
     }
     if like.dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # ZeRO-1 would keep the 16-bit gradients of a whole micro-batch beside their fp32 sums.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 

@@ -176,8 +176,9 @@ def estimate_memory(job: Job, placement: Placement) -> list[MemoryPart]:
 def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     """Weights, fp32 masters, AdamW's moments and gradients, each whole or one rank's share of it.
 
-    ZeRO keeps fp32 masters apart from the weights even when these are fp32. The gradients of a micro-batch are held
-    in the weights' dtype until they are added to the fp32 sum, unless ZeRO-2 and 3 reduce them bucket by bucket.
+    ZeRO keeps fp32 masters apart from the weights even when these are fp32. A 16-bit gradient is added to its fp32 sum
+    and dropped as soon as the backward pass has made it (ZeRO-1 widens it first), unless ZeRO-2 and 3 reduce it bucket
+    by bucket. ZeRO-1 on 16-bit weights and ZeRO-3 keep the memory of their sums from one step to the next.
     """
     b, count, stage = job.weight_bytes, job.policy.num_parameters, placement.zero_stage
     if job.config.policy.lora.rank:
@@ -197,15 +198,19 @@ def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
         return (-(-count // job.world_size), "P/N") if sharded else (count, "P")
 
     (weights, w), (optimizer, o), (gradients, g) = share(3), share(1), share(2)
+    held = PHASES if stage == 3 or (stage == 1 and b < FP32 and not offload_optimizer) else ("train",)
     parts = [MemoryPart("policy weights", weights * b, PHASES, f"b·{w}", offload_parameters)]
     if b < FP32 or stage >= 1:
         parts.append(MemoryPart("fp32 master weights", optimizer * FP32, PHASES, f"4·{o}", offload_optimizer))
     parts += [
         MemoryPart("AdamW moments", 2 * optimizer * FP32, PHASES, f"2·4·{o}", offload_optimizer),
-        MemoryPart("gradients", gradients * FP32, ("train",), f"4·{g}, summed in fp32", offload_optimizer),
+        MemoryPart("gradients", gradients * FP32, held, f"4·{g}, summed in fp32", offload_optimizer),
     ]
     if stage < 2 and b < FP32:
-        parts.append(MemoryPart("micro-batch gradients", count * b, ("train",), "b·P until they are summed"))
+        largest = job.policy.hidden * max(job.policy.vocab, job.policy.intermediate)
+        widened, formula = (FP32, "(b + 4)") if stage else (0, "b")
+        formula = f"{formula}·max(V·D, I·D), until it is summed"
+        parts.append(MemoryPart("gradient of one weight", (b + widened) * largest, ("train",), formula))
     return parts
 
 

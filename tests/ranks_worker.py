@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,6 +65,18 @@ def weights_of(state: State) -> list[torch.Tensor]:
     weights = [weight.clone() for weight in state.engine.full_model().parameters()]
     state.engine.release_full_model()
     return weights
+
+
+def no_16_bit_gradient_stays(config: Config, ranks: Ranks, job: dict) -> None:
+    """ZeRO-1 sums gradients in fp32 and drops each; the update is made from the sums."""
+    state, steps = state_of(replace(config, model=replace(config.model, dtype="bfloat16")), ranks, job)
+    before, left = weights_of(state), []
+    weights = [weight for weight in state.policy.parameters() if weight.requires_grad]
+    for weight in weights:  # behind DeepSpeed's own hook
+        weight.register_post_accumulate_grad_hook(lambda _: left.append(sum(w.grad is not None for w in weights)))
+    state.engine.train_step(steps[0])
+    assert left == [0] * len(weights) * len(steps[0].micro_batches)
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights_of(state), strict=True))
 
 
 def not_a_number_on_one_rank(config: Config, ranks: Ranks, job: dict) -> None:

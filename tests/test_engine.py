@@ -175,6 +175,27 @@ def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32(model):
         torch.testing.assert_close(master.grad, total, rtol=1e-6, atol=1e-7)
 
 
+def test_bfloat16_gradients_leave_one_by_one_and_their_sum_is_that_of_whole_micro_batches(model):
+    engine = make_engine(copy.deepcopy(model).bfloat16())
+    step = plan_steps(scored_samples(model), OPTIM, PackingConfig(train_tokens=24))[0]
+    reference = copy.deepcopy(engine.policy)
+    expected = {}
+    for batch in step.micro_batches:
+        reference(batch.pack, batch.targets, batch.loss_weights, step.denominator)[0].backward()
+        for name, weight in reference.named_parameters():
+            expected[name] = expected.get(name, 0.0) + weight.grad.float()
+            weight.grad = None
+    left, weights = [], engine.weights
+    for weight in weights:  # behind the engine's own hook
+        weight.register_post_accumulate_grad_hook(
+            lambda _: left.append(sum(w.grad is not None for w in engine.weights))
+        )
+    accumulate(step, engine.device, engine.policy, engine._backward)
+    assert left == [0] * len(weights) * len(step.micro_batches)
+    for (name, total), master in zip(expected.items(), engine.masters, strict=True):
+        assert torch.equal(master.grad, total), name
+
+
 def test_state_restores_bitwise(model):
     scored = scored_samples(model, count=8)
     steps = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))

@@ -107,6 +107,7 @@ RESUMED = {
 }  # fmt: skip
 ENGINE_JOBS = {  # (action, overrides)
     **{f"not a number under ZeRO-{stage}": ("not_a_number_on_one_rank", stage) for stage in STAGES},
+    "gradients under ZeRO-1": ("no_16_bit_gradient_stays", 1),
     "a wrong copy": ("a_wrong_copy_is_noticed", 3),
     "only the policy is partitioned": ("nothing_else_is_partitioned", 3),
     "a damaged part": ("a_damaged_part_is_found_by_all", 3),
