@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from .attention_flex import flex_attention
 from .attention_layout import AttentionLayout, attention_layout
@@ -34,6 +34,7 @@ __all__ = [
     "AttentionLayout",
     "AttentionNeeds",
     "attention_layout",
+    "backend_of",
     "check_backend",
     "choose_backend",
 ]
@@ -65,11 +66,28 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Non
         choose_backend(backend, needs)
 
 
+def backend_of(model: PreTrainedModel) -> str:
+    """The backend that serves a model's layers where it stands; ValueError when the one asked for cannot."""
+    config, weight = model.config.get_text_config(), next(model.parameters())
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needs = AttentionNeeds(
+        device_type=weight.device.type,
+        dtype=weight.dtype,
+        head_size=head_size,
+        value_head_size=head_size,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
+        needs_grad=True,
+        capability=_capability(weight.device),
+    )
+    return choose_backend(getattr(model, "packed_attention_backend", "auto"), needs)
+
+
 @functools.cache
 def choose_backend(backend: str, needs: AttentionNeeds) -> str:
     """The backend that serves a layer: the one asked for, or for ``auto`` the fastest that can.
 
-    On a CPU, and for fp32 on CUDA, ``auto`` is sdpa. Raises ValueError when the one asked for cannot serve.
+    On a CPU, and for fp32 on CUDA, ``auto`` is sdpa. Needing gradients or not never changes what serves a model that is
+    trained: policy and frozen models run the same. Raises ValueError when the one asked for cannot serve.
     """
     if backend != "auto":
         reason = cannot_serve(backend, needs)

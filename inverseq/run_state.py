@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from transformers import PreTrainedModel
 
 from .atomic import atomic_file
+from .attention import backend_of
 from .checkpoint import checkpoint_epoch, list_checkpoints, load_checkpoint, save_checkpoint
 from .checkpoint_files import named_tensors, read_tensors
 from .checkpoint_sharded import is_sharded, load_named_checkpoint, save_sharded_checkpoint
@@ -111,6 +112,7 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
+    check_same_attention(backend_of(initial), ranks)
     if config.policy.lora.rank:
         add_adapters(initial, config.policy.lora, seed=config.seed)
     frozen = build_frozen(resolved, initial, placement)
@@ -146,6 +148,21 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
         placement=placement,
         memory=memory,
     )
+
+
+def check_same_attention(backend: str, ranks: Ranks) -> None:
+    """Raise ValueError on all ranks when attention is served by another ``backend`` on one of them.
+
+    A sample is scored by one rank and trained by another; in bf16 two backends round apart by more nats than a target
+    may be wrong (README, *What rounding costs*).
+    """
+    backends = ranks.gather(backend)
+    for rank, other in enumerate(backends):
+        if other != backends[0]:
+            raise ValueError(
+                f"model.attention='auto': is {backends[0]} on rank 0 and {other} on rank {rank}; expected one on all "
+                "ranks: install the same packages everywhere or set model.attention"
+            )
 
 
 def make_engine(kind: str, policy: Policy, resolved: Resolved, ranks: Ranks, placement: Placement) -> Engine:

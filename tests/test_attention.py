@@ -1,13 +1,22 @@
 """Packed attention equals separate sequences, for every architecture family, and samples cannot see each other."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 
 from inverseq import attention
-from inverseq.attention import ATTENTION_NAME, BACKENDS, AttentionNeeds, attention_layout, check_backend, choose_backend
+from inverseq.attention import (
+    ATTENTION_NAME,
+    BACKENDS,
+    AttentionNeeds,
+    attention_layout,
+    backend_of,
+    check_backend,
+    choose_backend,
+)
 from inverseq.config import ModelConfig
 from inverseq.model import check_head, head_of, load_model
 from tests.attention_oracle import (
@@ -120,6 +129,36 @@ def test_auto_takes_the_fastest_backend_that_serves(monkeypatch, change, without
         monkeypatch.setattr(attention, "flash_attn_function", lambda absent=absent: refuse() if absent else None)
         assert choose_backend("auto", needs) == expected
     choose_backend.cache_clear()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_policy_and_frozen_models_are_served_alike(monkeypatch, installed):
+    """What serves under gradients serves without them, whatever the model, the device and ``model.attention`` are."""
+    monkeypatch.setattr(attention, "flash_attn_function", lambda: None if installed else refuse())
+    choose_backend.cache_clear()
+    num_served = 0
+    axes = [("cuda", "cpu"), (torch.float32, torch.bfloat16), (8, 64, 100, 192, 512), (False, True), ((7, 5), (9, 0))]
+    for backend, (device, dtype, size, softcap, capability) in itertools.product(
+        ("auto", *BACKENDS), itertools.product(*axes)
+    ):
+        trained = AttentionNeeds(device, dtype, size, size, softcap, needs_grad=True, capability=capability)
+        try:
+            served = choose_backend(backend, trained)
+        except ValueError:
+            continue
+        assert choose_backend(backend, dataclasses.replace(trained, needs_grad=False)) == served
+        num_served += 1
+    assert num_served > 100
+    choose_backend.cache_clear()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_backend_of_a_model_is_chosen_by_what_its_layers_need(monkeypatch, name):
+    model, asked = tiny(name), []
+    monkeypatch.setattr(attention, "choose_backend", lambda *needs: asked.append(needs) or "sdpa")
+    assert backend_of(model) == "sdpa"
+    packed_hidden(model, make_pack(random_sequences([7, 3])))
+    assert asked == asked[:1] * (1 + model.config.num_hidden_layers)
 
 
 def refuse(reason=None):

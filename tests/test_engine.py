@@ -188,7 +188,7 @@ def test_bfloat16_gradients_leave_one_by_one_and_their_sum_is_that_of_whole_micr
     left, weights = [], engine.weights
     for weight in weights:  # behind the engine's own hook
         weight.register_post_accumulate_grad_hook(
-            lambda _: left.append(sum(w.grad is not None for w in engine.weights))
+            lambda _: left.append(sum(w.grad is not None for w in weights))
         )
     accumulate(step, engine.device, engine.policy, engine._backward)
     assert left == [0] * len(weights) * len(step.micro_batches)

@@ -7,7 +7,7 @@ import pytest
 from inverseq.config_loading import load_config
 from inverseq.distributed import Ranks
 from inverseq.memory import Placement
-from inverseq.run_state import engine_kind
+from inverseq.run_state import check_same_attention, engine_kind
 
 ONE, TWO = Ranks(), Ranks(rank=1, world_size=2)
 
@@ -46,3 +46,14 @@ def test_a_missing_package_is_one_error_that_names_the_extra(monkeypatch):
     assert kind() == "torch"
     with pytest.raises(ValueError, match=r"needs deepspeed \(pip install 'inverseq\[deepspeed\]'\)"):
         kind(ranks=TWO)
+
+
+def test_ranks_whose_attention_would_round_apart_are_refused_by_all():
+    class Three(Ranks):
+        def gather(self, value):
+            return ["varlen", value, "flash_attn"]
+
+    check_same_attention("sdpa", ONE)
+    for own in ("varlen", "flash_attn"):
+        with pytest.raises(ValueError, match=r"is varlen on rank 0 and flash_attn on rank \d; .*set model\.attention"):
+            check_same_attention(own, Three(rank=1, world_size=3))
