@@ -46,6 +46,7 @@ class Source:
     commit: str
     date: str
     train_mfu: float
+    train_phase: str
     score_mfu: float
     response_scale: float
     decode_efficiency: float | None  # bandwidth bound over measured seconds of sampling; None when not measured
@@ -62,7 +63,8 @@ def read_source(path: Path) -> Source:
         for row in rows
         if isinstance(row, dict) and row.get("variant") == "ours" and row.get("measured") is True
     }
-    training = ours.get("train") or ours.get("forward_backward")
+    phase = "forward_backward" if "forward_backward" in ours else "train"  # the optimizer is counted apart
+    training = ours.get(phase)
     if not training or not training.get("mfu") or not ours.get("score", {}).get("mfu"):
         raise ValueError(
             f"--rows={path}: expected measured rows with an MFU for score and train; a CPU and a GPU that is not in "
@@ -72,6 +74,7 @@ def read_source(path: Path) -> Source:
         file=path.name,
         **{key: training[key] for key in ("model", "device", "commit", "date", "response_scale")},
         train_mfu=training["mfu"],
+        train_phase=phase,
         score_mfu=ours["score"]["mfu"],
         decode_efficiency=decode_efficiency(ours.get("sample")),
     )
@@ -177,6 +180,9 @@ def assumptions(source: Source, epoch: Epoch, *, model: str, num_gpus: int, name
         f"peak rate {chip.flops_per_second / 1e12:.0f} TFLOP/s in bf16, {ratio:.2f} of the measured GPU's",
         f"the measured MFU carries over to {model} on {name}: training {source.train_mfu:.1%}, scoring "
         f"{source.score_mfu:.1%} (smaller packs a GPU would lower it, a lower peak rate would raise it)",
+        f"training's MFU is that of the measured phase {source.train_phase}, "
+        + ("without an optimizer" if source.train_phase != "train" else "a one-GPU optimizer included: a little low"),
+        "a micro-step takes no less time than three readings of the weights from memory",
         f"{NUM_SAMPLES} samples with HH's lengths, responses times {source.response_scale:g} (mean "
         f"{responses.mean():.0f}, longest {responses.max()} tokens); the paper does not give its lengths",
         f"{SAMPLES_PER_STEP} samples a step, {epoch.num_steps} steps; a micro-step lasts as long as the rank with most",

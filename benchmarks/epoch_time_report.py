@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -301,6 +302,9 @@ def write_plot(rows: Sequence[dict], path: Path, title: str, clock: str = "ms") 
     rungs = [row for row in rows if row["op"] == "epoch_time split"]
     figure, axes = plt.subplots(1, 2 if rungs else 1, figsize=(13 if rungs else 9, 4.8), squeeze=False)
     draw_phases(axes[0, 0], [row for row in rows if row["op"] == "epoch_time" and row["ms"] is not None], clock)
+    speed_up = summary(rows)["speed_up" if clock == "ms" else "cpu_speed_up"]
+    if speed_up is not None:
+        axes[0, 0].set_title(f"score + pack + train: baseline ÷ ours = {speed_up:.2f}", fontsize=9)
     if rungs:
         draw_split(axes[0, 1], rungs, clock)
     figure.suptitle(title, fontsize=9 if rungs else 8)
@@ -315,7 +319,11 @@ def draw_phases(axes, rows: Sequence[dict], clock: str) -> None:
     seconds = {(row["phase"], row["variant"]): row[clock] / 1e3 for row in rows}
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     for offset, variant, colour in ((-0.2, BASELINE, "#b0653a"), (0.2, OURS, "#2f6f9f")):
-        places = [index + offset for index, phase in enumerate(phases) if (phase, variant) in seconds]
+        places = [
+            index + offset * ((phase, BASELINE) in seconds)  # in the middle where it stands alone
+            for index, phase in enumerate(phases)
+            if (phase, variant) in seconds
+        ]
         heights = [seconds[phase, variant] for phase in phases if (phase, variant) in seconds]
         label = {BASELINE: "paper-like baseline", OURS: "ours"}[variant]
         bars = axes.bar(places, heights, width=0.38, color=colour, label=label)
@@ -328,7 +336,10 @@ def draw_phases(axes, rows: Sequence[dict], clock: str) -> None:
 
 
 def short(seconds: float) -> str:
-    return f"{seconds:.3g}" if seconds >= 0.1 else f"{seconds:.1g}" if seconds >= 0.01 else "<0.01"
+    """Three digits of it, or that there is nothing to see."""
+    if seconds < 0.01:
+        return "≈ 0"
+    return f"{seconds:.{max(0, 2 - max(0, math.floor(math.log10(seconds))))}f}"
 
 
 def draw_split(axes, rungs: Sequence[dict], clock: str) -> None:
@@ -341,10 +352,11 @@ def draw_split(axes, rungs: Sequence[dict], clock: str) -> None:
     axes.barh(places, train, left=score, color="#2f6f9f", label="pack + train")
     for place, row in zip(places, rungs, strict=True):
         total = row[f"total_{suffix}"]
-        text = f"{total:.3g} {unit}" + (f"  (÷ {row[factor]:.2f})" if row[factor] else "")
+        text = f"{short(total)} {unit}" + (f"  (÷ {row[factor]:.2f})" if row[factor] else "")
         axes.text(total, place, " " + text, va="center", fontsize=8)
     axes.set_yticks(places, [row["switched_on"].replace(": ", ":\n") for row in rungs], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.28)
-    axes.set_xlabel(f"{unit} of scoring and training, one thing switched on at a time")
+    axes.set_title("one thing more switched on in each bar (÷: the bar above over this one)", fontsize=9)
+    axes.set_xlabel(f"{unit} of scoring and training")
     axes.legend(fontsize=8)

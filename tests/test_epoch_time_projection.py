@@ -62,6 +62,8 @@ def test_a_projection_says_so_everywhere_and_states_its_assumptions(tmp_path, ca
         "16 samples a step, 32 steps",
         f"longest {longest} tokens",
         "of the bandwidth bound",
+        "measured phase train, a one-GPU optimizer included",
+        "three readings of the weights",
         "not counted: checkpoints",
     ):
         assert said in text and said in row["assumptions"], said
@@ -82,6 +84,14 @@ def test_it_rests_on_measured_rows_of_a_gpu_only(tmp_path, capsys):
     assert run(tmp_path, measured_rows(), "--project", "8xA801") == 2
     assert "expected a number of GPUs and one of A100, A800" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_training_takes_the_mfu_of_a_phase_without_an_optimizer_where_there_is_one(tmp_path):
+    path, rows = tmp_path / "rows.json", measured_rows()
+    train = rows[0]
+    path.write_text(json.dumps([*rows, train | {"phase": "forward_backward", "mfu": 0.6}]))
+    found = projection.read_source(path)
+    assert (found.train_phase, found.train_mfu) == ("forward_backward", 0.6)
 
 
 def test_its_own_output_is_no_input(tmp_path):
@@ -105,7 +115,7 @@ def test_flops_are_those_of_the_report():
 def source(**changes):
     values = {
         "file": "f", "model": "llama-3b", "device": H100, "commit": "c", "date": "d", "train_mfu": 0.5,
-        "score_mfu": 0.5, "response_scale": 1.0, "decode_efficiency": None,
+        "train_phase": "train", "score_mfu": 0.5, "response_scale": 1.0, "decode_efficiency": None,
     }  # fmt: skip
     return projection.Source(**(values | changes))
 
