@@ -63,11 +63,16 @@ def load_deepspeed(device: torch.device) -> Any:
 
 
 def zero_config(
-    stage: int, *, offload_optimizer: bool, offload_parameters: bool, max_grad_norm: float, weights: Sequence[Tensor]
+    stage: int,
+    *,
+    offload_optimizer: bool,
+    offload_parameters: bool,
+    max_grad_norm: float,
+    weights: Sequence[Tensor],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for these weights, which have one dtype and device."""
-    like = weights[0]
-    on_cuda = like.device.type == "cuda"
+    """DeepSpeed's configuration for these weights, which have one dtype, and the device that computes."""
+    on_cuda = device.type == "cuda"
     host = {"device": "cpu", "pin_memory": on_cuda}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": on_cuda}
     zero["reduce_bucket_size"] = min(REDUCE_NUMEL, sum(weight.numel() for weight in weights))
@@ -83,7 +88,7 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    if like.dtype == torch.bfloat16:
+    if weights[0].dtype == torch.bfloat16:
         # ZeRO-1 would keep the 16-bit gradients of a whole micro-batch beside their fp32 sums.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -135,6 +140,7 @@ class DeepSpeedEngine:
             offload_parameters=offload_parameters,
             max_grad_norm=optim.max_grad_norm,
             weights=list(policy.parameters()),
+            device=self.device,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print their memory
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -294,11 +300,17 @@ def groups_of(pairs, max_numel: int) -> Iterator[list]:
         yield group
 
 
-def shard_frozen(frozen: FrozenPair) -> nn.Module:
-    """The pair with its weights spread over the ranks (ZeRO-3); they are gathered layer by layer for each forward."""
+def shard_frozen(frozen: FrozenPair, device: torch.device) -> nn.Module:
+    """The pair with its weights spread over the ranks (ZeRO-3); they are gathered layer by layer for each forward.
+
+    Weights in host memory come to ``device`` one after the other, each leaving its part there.
+    """
     weights = list(frozen.parameters())
-    config = zero_config(3, offload_optimizer=False, offload_parameters=False, max_grad_norm=0.0, weights=weights)
-    deepspeed = load_deepspeed(weights[0].device)
+    config = zero_config(
+        3, offload_optimizer=False, offload_parameters=False, max_grad_norm=0.0, weights=weights, device=device
+    )
+    deepspeed = load_deepspeed(device)
+    deepspeed.zero.Init(module=frozen, config_dict_or_path=config)  # ``initialize`` would move the whole pair first
     engine, *_ = deepspeed.initialize(model=frozen, config=config, dist_init_required=False)
     engine.eval()
     return engine

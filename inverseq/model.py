@@ -204,9 +204,13 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model that keeps no gradients, in evaluation mode."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+def frozen_copy(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
+    """A copy of the model that keeps no gradients, in evaluation mode; its weights, not its buffers, on ``device``."""
+    weights = {
+        id(weight): nn.Parameter(weight.detach().to(device or weight.device, copy=True), requires_grad=False)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, weights).eval()
 
 
 class FrozenPair(nn.Module):

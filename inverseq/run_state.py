@@ -110,12 +110,13 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     placement = place_run(resolved, world_size=ranks.world_size)  # ValueError when it cannot fit
     kind = engine_kind(config, placement, ranks)
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
+    plain = load_plain(resolved, placement)
     initial = load_model(resolved.model_path, config.model)
     check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
     check_same_attention(backend_of(initial), ranks)
     if config.policy.lora.rank:
         add_adapters(initial, config.policy.lora, seed=config.seed)
-    frozen = build_frozen(resolved, initial, placement)
+    frozen = build_frozen(initial, plain, placement)
     if placement.gradient_checkpointing:
         enable_gradient_checkpointing(initial)
     policy = Policy(initial, resolved.num_valid_vocab, config.engine)
@@ -211,21 +212,32 @@ def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
     return kind
 
 
-def build_frozen(resolved: Resolved, initial: PreTrainedModel, placement: Placement) -> FrozenPair:
-    """π_w and π_l, from the initial policy and for the model contrast another model, where the placement says."""
-    plain = None
-    if resolved.plain_model_path is not None:
-        plain = load_model(resolved.plain_model_path, resolved.config.model)
-        check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
+def load_plain(resolved: Resolved, placement: Placement) -> PreTrainedModel | None:
+    """π_l of the model contrast, checked; in host memory when it shall not stand whole on the device."""
+    if resolved.plain_model_path is None:
+        return None
+    plain = load_model(resolved.plain_model_path, resolved.config.model)
+    check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
+    if placement.frozen != "replicated":
+        for weight in plain.parameters():
+            weight.data = weight.data.cpu()
+    return plain
+
+
+def build_frozen(initial: PreTrainedModel, plain: PreTrainedModel | None, placement: Placement) -> FrozenPair:
+    """π_w and π_l, from the initial policy and for the model contrast another model, where the placement says.
+
+    One that shall not stand whole on the device never does beside the policy: it is copied to the host at once.
+    """
     if has_adapters(initial):
         return AdapterlessPair(initial, plain)
-    better = frozen_copy(initial)
+    better = frozen_copy(initial, None if placement.frozen == "replicated" else "cpu")
     frozen = FrozenPair(better, better if plain is None else plain)
     if placement.frozen == "sharded":
-        return shard_frozen(frozen)
+        return shard_frozen(frozen, initial.device)
     if placement.frozen == "host" and initial.device.type == "cuda":
         for weight in frozen.parameters():
-            weight.data = weight.data.cpu().pin_memory()
+            weight.data = weight.data.pin_memory()
     return frozen
 
 

@@ -115,6 +115,24 @@ def nothing_else_is_partitioned(config: Config, ranks: Ranks, job: dict) -> None
     state.engine.release_full_model()
 
 
+def frozen_weights_are_spread_one_by_one(config: Config, ranks: Ranks, job: dict) -> None:
+    """DeepSpeed, which moves a whole model to the device, is given a frozen pair whose weights have left already."""
+    import deepspeed
+
+    initialize, numel = deepspeed.initialize, {}
+
+    def watched(*, model, **options):
+        numel[type(model).__name__] = sum(weight.numel() for weight in model.parameters())
+        return initialize(model=model, **options)
+
+    deepspeed.initialize = watched
+    try:
+        state, _ = state_of(replace(config, engine=replace(config.engine, frozen="sharded")), ranks, job)
+    finally:
+        deepspeed.initialize = initialize
+    assert numel["FrozenPair"] == 0 < numel["Policy"] == sum(w.ds_numel for w in state.frozen.parameters())
+
+
 def a_damaged_part_is_found_by_all(config: Config, ranks: Ranks, job: dict) -> None:
     """Each rank checks some files of a checkpoint; all name the one that is bad before anything is loaded."""
     run_dir = Path(config.run_dir)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from inverseq.config import ModelConfig
-from inverseq.model import head_of, load_model, resolve_device
+from inverseq.model import frozen_copy, head_of, load_model, resolve_device
 from inverseq.resolve import resolve_model_path
 from tests.tiny import make_tiny_model
 
@@ -71,3 +71,17 @@ def test_the_head_is_the_parameter_itself_and_its_padding_is_counted(path):
 def test_cuda_is_not_replaced_by_a_cpu():
     with pytest.raises(ValueError, match="model.device='cuda'"):
         resolve_device(ModelConfig(device="cuda"))
+
+
+def test_a_frozen_copy_goes_to_another_device_without_the_original(tmp_path):
+    model = load_model(make_tiny_model(tmp_path / "tied", tied=True), CONFIG)
+    before = [weight.clone() for weight in model.parameters()]
+    elsewhere, beside = frozen_copy(model, "meta"), frozen_copy(model)
+    assert all(weight.device.type == "meta" and not weight.requires_grad for weight in elsewhere.parameters())
+    assert all(buffer.device.type == "cpu" for buffer in elsewhere.buffers()) and not elsewhere.training
+    for copied in (elsewhere, beside):
+        assert copied.get_input_embeddings().weight is copied.get_output_embeddings().weight
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    assert all(torch.equal(*pair) for pair in zip(beside.parameters(), before, strict=True))

@@ -110,6 +110,7 @@ ENGINE_JOBS = {  # (action, overrides)
     "gradients under ZeRO-1": ("no_16_bit_gradient_stays", 1),
     "a wrong copy": ("a_wrong_copy_is_noticed", 3),
     "only the policy is partitioned": ("nothing_else_is_partitioned", 3),
+    "a frozen pair is spread": ("frozen_weights_are_spread_one_by_one", 3),
     "a damaged part": ("a_damaged_part_is_found_by_all", 3),
 }
 
