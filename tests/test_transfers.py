@@ -4,6 +4,7 @@ Meta tensors have no values, so every operation that would make the host wait fo
 """
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from inverseq.packing import write_pack
 from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
 from inverseq.steps import plan_steps
-from inverseq.targets import _contrast_models, _contrast_views
+from inverseq.targets import ScoringPacks, _contrast_models, _contrast_views
 from inverseq.transfers import copied_ahead, read_behind
 from tests.tiny import make_tiny_model
 from tests.tiny_samples import make_samples
@@ -108,6 +109,19 @@ def first_step(model):
 
 def make_engine(model, device):
     return TorchEngine(Policy(copy.deepcopy(model).to(device), 512, EngineConfig()), OPTIM, total_updates=10)
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_all_that_goes_to_the_device_is_kept_until_the_work_has_read_it(model, initial):
+    batch = first_step(model).micro_batches[0]
+    batch = dataclasses.replace(batch, initial_logprobs=batch.targets if initial else None)
+    for record in (batch, ScoringPacks((batch.pack, batch.pack))):
+        moved = record.to("meta")
+        owners = [moved, *(moved.packs if record is not batch else [moved.pack])]
+        values = [getattr(owner, item.name) for owner in owners for item in dataclasses.fields(owner)]
+        there = [value for value in values if isinstance(value, torch.Tensor) and value.device.type == "meta"]
+        assert {id(tensor) for tensor in moved.device_tensors()} == {id(tensor) for tensor in there}
+        assert len(there) == (6 + 3 + initial if record is batch else 2 * 6)
 
 
 @pytest.fixture(params=["sdpa", "varlen"])
