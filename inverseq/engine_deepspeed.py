@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 from .config import OptimConfig
 from .distributed import Ranks
 from .engine import NonFiniteError, accumulate, learning_rate_factor, step_metrics
+from .integrations.versions import check_version
 from .model import FrozenPair
 from .policy import Policy
 from .records import PackedViews, StepMetrics, TrainStep
@@ -41,9 +41,8 @@ COPY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats, largest of
 
 
 def check_deepspeed() -> None:
-    """Raise ValueError when the package is missing."""
-    if find_spec("deepspeed") is None:
-        raise ValueError("engine.kind='deepspeed': needs deepspeed (pip install 'inverseq[deepspeed]')")
+    """Raise ValueError when the package is missing or older than what was tested."""
+    check_version("deepspeed", extra="deepspeed", what="engine.kind='deepspeed'")
 
 
 def load_deepspeed(device: torch.device) -> Any:

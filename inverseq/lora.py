@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .atomic import atomic_directory
 from .config import LoraConfig
+from .integrations.versions import check_version
 from .model import FrozenPair
 
 __all__ = [
@@ -35,9 +35,8 @@ ADAPTER = "default"
 
 
 def check_lora() -> None:
-    """Raise ValueError when the package is missing."""
-    if find_spec("peft") is None:
-        raise ValueError("policy.lora.rank: needs peft (pip install 'inverseq[lora]')")
+    """Raise ValueError when the package is missing or older than what was tested."""
+    check_version("peft", extra="lora", what="policy.lora")
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:

@@ -1,7 +1,6 @@
 """TRL's own trainers on ``linear_logprob``: same losses, metrics and gradients as stock TRL, in less memory."""
 
 import contextlib
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inverseq.integrations import trl as adapter
+from inverseq.integrations import versions
 from tests.tiny import make_tiny_model
 
 pytest.importorskip("trl", reason="the extra trl is not installed")
@@ -164,11 +164,14 @@ def test_the_head_needs_less_memory_than_stock_trl():
     assert ours < stock / 4
 
 
-def test_another_version_of_trl_gives_one_clear_message(monkeypatch):
-    monkeypatch.setattr(adapter, "version", lambda name: "1.99.0")
-    with pytest.raises(ValueError, match=r"trl 1.99.0: this adapter was tested with trl >= 1.16, < 1.17"):
+@pytest.mark.parametrize("found", ["1.99.0", "1.17.0.dev0", "1.9.2", "0.24.0"])
+def test_another_version_of_trl_gives_one_clear_message(monkeypatch, found):
+    monkeypatch.setattr(versions, "version", lambda name: found)
+    with pytest.raises(ValueError, match=rf"trl {found}: this adapter was tested with trl >= 1.16, < 1.17"):
         adapter.use_linear_logprob()
-    monkeypatch.setattr(adapter, "version", version)
+
+
+def test_a_head_of_trl_with_other_parameters_gives_the_same_message(monkeypatch):
     import trl.trainer.utils as utils
 
     monkeypatch.delattr(utils, adapter.NAME)

@@ -64,7 +64,7 @@ def modules_of(package_name, imported, known):
 
 def allowed_for(stage):
     families = [family for family in STAGES_OF_SEVERAL_FILES if stage in family]
-    return FOUNDATION | {stage} | set().union(*families)
+    return FOUNDATION | {stage, "integrations"} | set().union(*families)
 
 
 def layering_breaches(folder):
@@ -117,6 +117,13 @@ def test_adapters_for_other_code_import_the_kernels_only():
     for path in source_files(PACKAGE / "integrations"):
         names = {name for name in absolute_imports(path, parse(path)) if name.split(".")[0] == "inverseq"}
         assert all(name.startswith("inverseq.integrations") for name in names), f"{path}: {names}"
+
+
+def test_of_the_adapters_the_project_reads_the_tested_versions_only():
+    for path in source_files(PACKAGE):
+        names = {name for name in absolute_imports(path, parse(path)) if name.startswith("inverseq.integrations")}
+        allowed = path.parent.name == "integrations"
+        assert allowed or all(name.startswith("inverseq.integrations.versions") for name in names), f"{path}: {names}"
 
 
 CODE = [path for folder in ("inverseq", "kernels", "tests", "benchmarks") for path in source_files(ROOT / folder)]

@@ -1,6 +1,6 @@
 """Which engine a run gets, and what neither can do."""
 
-import importlib.util
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -40,9 +40,10 @@ def test_what_one_process_cannot_do_takes_deepspeed_and_is_refused_to_torch(opti
 
 
 def test_a_missing_package_is_one_error_that_names_the_extra(monkeypatch):
-    find = importlib.util.find_spec
-    missing = lambda name, *rest: None if name == "deepspeed" else find(name, *rest)  # noqa: E731
-    monkeypatch.setattr("inverseq.engine_deepspeed.find_spec", missing)
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("inverseq.integrations.versions.version", missing)
     assert kind() == "torch"
     with pytest.raises(ValueError, match=r"needs deepspeed \(pip install 'inverseq\[deepspeed\]'\)"):
         kind(ranks=TWO)

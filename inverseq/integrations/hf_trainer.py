@@ -5,7 +5,8 @@
 
 The trainer calls the model before it calls the loss function, so while the model is in training mode its output
 embedding hands the hidden states through, and ``outputs.logits`` are hidden states [B, L, D]. In evaluation mode the
-logits are the real ones.
+logits are the real ones. The head's weight is read outside of the model's forward, so engines that spread it over
+processes (FSDP2, ZeRO-3) are left out: ``CausalLMLogprobs`` serves them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from inverseq_kernels import IGNORE_INDEX, linear_logprob
 from torch import Tensor, nn
 
-from .causal_lm import head_keywords
+from .causal_lm import check_gathered, head_keywords
+from .versions import check_version
 
 __all__ = ["NextTokenLoss"]
 
@@ -26,7 +28,8 @@ class NextTokenLoss:
 
     def __init__(self, model: nn.Module, **options: Any):
         """``options`` go to ``linear_logprob``. Raises ValueError for a model that caps its logits: its forward would
-        cap the hidden states instead."""
+        cap the hidden states instead; and for a transformers that is older than what was tested."""
+        check_version("transformers", extra="trl", what="NextTokenLoss")
         self.keywords = head_keywords(model.config)
         if self.keywords["softcap"] is not None:
             raise ValueError(f"{type(model).__name__} caps its logits: wrap it in CausalLMLogprobs instead")
@@ -44,7 +47,9 @@ class NextTokenLoss:
         labels = labels[:, 1:].to(scored.device)
         is_scored = labels != IGNORE_INDEX
         if self.model.training:
+            check_gathered(self.head.weight, "train without FSDP and ZeRO-3, or wrap the model in CausalLMLogprobs")
             bias = getattr(self.head, "bias", None)
+            bias = bias if bias is None else bias * self.bias_scale
             logprobs = linear_logprob(
                 scored[is_scored], self.head.weight, labels[is_scored], bias=bias, **self.keywords
             )

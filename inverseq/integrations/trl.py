@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from inverseq_kernels import linear_logprob
 from torch import Tensor
 
-__all__ = ["TESTED", "use_linear_logprob"]
+from .versions import describe_tested, installed_version, is_tested
 
-TESTED = ("1.16", "1.17")  # from, below
+__all__ = ["use_linear_logprob"]
+
 NAME = "_ChunkedLogProbFunction"
 PARAMETERS = [
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
@@ -35,16 +35,13 @@ def use_linear_logprob(*, backend: str | None = None, workspace_bytes: int | Non
 
     Raises ValueError when trl is not installed or is a version whose head is not the one this was tested with.
     """
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        raise ValueError("trl is not installed: pip install 'inverseq[trl]' brings it") from None
+    found = installed_version("trl", extra="trl", what="use_linear_logprob")
     import trl.trainer.utils as utils
 
     original = getattr(utils, NAME, None)
     names = list(inspect.signature(original.forward).parameters) if original is not None else None
-    if names != PARAMETERS or not TESTED[0] <= ".".join(f"{int(n):d}" for n in found.split(".")[:2]) < TESTED[1]:
-        raise ValueError(f"trl {found}: this adapter was tested with trl >= {TESTED[0]}, < {TESTED[1]}")
+    if names != PARAMETERS or not is_tested("trl", found):  # a part of trl is replaced: a newer one is refused as well
+        raise ValueError(f"trl {found}: this adapter was tested with {describe_tested('trl')}")
     setattr(utils, NAME, LinearLogprob(backend=backend, workspace_bytes=workspace_bytes))
     return lambda: setattr(utils, NAME, original)
 
