@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -87,6 +90,75 @@ def test_autocast_reads_the_head_in_its_dtype_and_grads_stay_fp32(tmp_path):
     assert module.model.lm_head.weight.grad.dtype == torch.float32
 
 
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded_by_layer(module):
+    """FSDP2 as users apply it: each layer, then the rest with the tied head."""
+    for layer in module.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(module)
+
+
+def recomputing(module):
+    module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return module.train()
+
+
+WRAPPERS = {
+    "recomputed": recomputing,
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DDP that looks for unused": lambda module: nn.parallel.DistributedDataParallel(
+        module, find_unused_parameters=True
+    ),
+    "FSDP2": sharded_by_layer,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_module_may_be_wrapped_and_have_nothing_to_score(name, tmp_path, one_process_group):
+    model, batch = make_model("llama", tmp_path), make_batch(512)
+    module = CausalLMLogprobs(copy.deepcopy(model))
+    wrapped = WRAPPERS[name](module)
+    wrapped(**{**batch, "labels": torch.full_like(batch["labels"], -100)}).sum().backward()
+    gradients = [parameter.grad for parameter in module.model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in map(whole, gradients))
+    logprobs, expected = wrapped(**batch), stock_logprobs(model, batch, 1.0)[0]
+    torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=1e-5)
+    logprobs.square().sum().backward()
+    expected.square().sum().backward()
+    for one, two in zip(model.parameters(), module.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, whole(two.grad), atol=2e-4, rtol=1e-3)
+
+
+def whole(gradient):
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def test_a_model_that_is_sharded_inside_of_the_module_is_named(tmp_path, one_process_group):
+    module = CausalLMLogprobs(fully_shard(make_model("llama", tmp_path)))
+    with pytest.raises(ValueError, match="wrap the CausalLMLogprobs, not the model inside"):
+        module(**make_batch(512))
+
+
+def test_sequences_of_one_token_have_nothing_to_score(tmp_path):
+    model = make_model("llama", tmp_path)
+    ids = torch.tensor([[5]])
+    logprobs, entropy = CausalLMLogprobs(model, return_entropy=True)(ids, ids)
+    assert logprobs.shape == entropy.shape == (1, 0)
+    logprobs.sum().backward()
+    loss = NextTokenLoss(model)
+    for labels, training in ((ids, True), (ids, False), (torch.full((1, 4), -100), True)):
+        found = loss(model.train(training)(labels.clamp(min=5)), labels)
+        assert found == 0
+        found.backward()
+
+
 def test_a_configuration_with_an_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="lm_head_multiplier=0.5 is not supported"):
         head_keywords(CohereConfig(lm_head_multiplier=0.5))
@@ -131,6 +203,19 @@ def test_logits_are_real_again_outside_of_training(tmp_path):
     assert model.train()(ids).logits.shape[-1] == model.config.hidden_size
     reference = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert loss(model(ids), ids).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_the_bias_of_a_head_is_scaled_as_the_model_scales_it(tmp_path):
+    model = make_model("granite", tmp_path).train()
+    model.lm_head = nn.Linear(32, 96, bias=True)
+    nn.init.normal_(model.lm_head.bias)
+    stock, batch = copy.deepcopy(model), make_batch(96)
+    stock(**batch).loss.backward()
+    labels = batch.pop("labels")
+    loss = NextTokenLoss(model)(model(**batch), labels)
+    assert loss.item() == pytest.approx(stock(**batch, labels=labels).loss.item(), rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(model.lm_head.bias.grad, stock.lm_head.bias.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_that_caps_its_logits_is_refused_by_the_trainers_loss(tmp_path):

@@ -71,14 +71,14 @@ class CausalLMLogprobs(nn.Module):
         With ``return_entropy`` a pair of that and the entropy, [B, L − 1] fp32. Only scored positions reach the head.
         Raises ValueError where an engine has sharded the model inside instead of this module.
         """
-        hidden_BLD = self.model.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-        shifted_BL = labels[:, 1:]
-        is_scored = shifted_BL != IGNORE_INDEX
         head = self.model.get_output_embeddings()
         if not self.engine_is_checked:
             check_gathered(head.weight, "wrap the CausalLMLogprobs, not the model inside")
             self._check_engine(head.weight)
             self.engine_is_checked = True
+        hidden_BLD = self.model.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+        shifted_BL = labels[:, 1:]
+        is_scored = shifted_BL != IGNORE_INDEX
         results = linear_logprob(
             hidden_BLD[:, :-1][is_scored],
             head.weight,
