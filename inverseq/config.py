@@ -379,12 +379,11 @@ class Config:
             require(not self.sampling.overlap, "sampling.overlap", True, "false with a replayed run")
             require(not self.evaluation.every, "evaluation.every", self.evaluation.every, "0 with a replayed run")
         if self.policy.lora.rank:
-            # One copy of the weights serves policy and μ, and it stays where it is.
-            sampler = self.sampling.backend
-            require(sampler in ("transformers", "replay"), "sampling.backend", sampler, "transformers with policy.lora")
-            require(not self.sampling.overlap, "sampling.overlap", True, "false with policy.lora")
+            reason = "with policy.lora: one copy of the weights is"
+            alternating = f"false {reason} policy with its adapters on or μ with them off, not both at a time"
+            require(not self.sampling.overlap, "sampling.overlap", True, alternating)
             refresh = self.contrast.refresh_every
-            require(not refresh, "contrast.refresh_every", refresh, "0 with policy.lora")
+            require(not refresh, "contrast.refresh_every", refresh, f"0 {reason} the policy's base and μ")
         require(bool(self.model.path), "model.path", self.model.path, "a model directory or hub id")
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder for the run")
 

@@ -125,8 +125,11 @@ class DeepSpeedEngine:
         self.plain_copy = without_weights(policy.model) if zero_stage == 3 else None
         self.zero = deepspeed.zero
         self.access = deepspeed.utils
+        trained = self._trained()
+        for weight in trained:  # fp32 adapters of a 16-bit model: DeepSpeed allows one dtype, its masters are fp32
+            weight.data = weight.data.to(self.dtype)
         optimizer = torch.optim.AdamW(
-            [weight for weight in policy.parameters() if weight.requires_grad],
+            trained,
             lr=optim.lr,
             betas=tuple(optim.betas),
             eps=optim.eps,
@@ -138,7 +141,7 @@ class DeepSpeedEngine:
             offload_optimizer=offload_optimizer,
             offload_parameters=offload_parameters,
             max_grad_norm=optim.max_grad_norm,
-            weights=list(policy.parameters()),
+            weights=trained,
             device=self.device,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print their memory

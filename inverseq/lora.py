@@ -1,8 +1,9 @@
 """LoRA through peft: low-rank adapters inside the policy, whose base weights stay those of the frozen model μ.
 
 With adapters off the policy is μ, so one copy of the weights serves the policy and both views of the contrast. The
-adapters are fp32 whatever the base is. Left out: adapters on the output embedding and on the token embedding, because
-the fused operations read those weights themselves.
+adapters are fp32 whatever the base is, but for DeepSpeed, which gives all weights one dtype and holds fp32 masters.
+Left out: adapters on the output embedding and on the token embedding, because the fused operations read those weights
+themselves; and ZeRO-3, whose weights are there only inside the engine's forward.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ __all__ = [
     "export_adapters",
     "has_adapters",
     "merged_model",
+    "merged_weights",
+    "plain_name",
 ]
 
 ADAPTER = "default"
@@ -97,6 +100,11 @@ class AdapterlessPair(FrozenPair):
         self.plain = policy if plain is None else plain.requires_grad_(False).eval()
 
 
+def plain_name(name: str) -> str:
+    """A weight's name in a model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name in a model without adapters, weight) of every weight, the adapters added in fp32 where there are any."""
@@ -104,8 +112,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if re.search(r"\.lora_[A-Za-z_]+\.", name):
             continue
-        module = name.rpartition(".base_layer.")[0]
-        plain = name.replace(".base_layer.", ".")
+        module, plain = name.rpartition(".base_layer.")[0], plain_name(name)
         if module in layers and name.endswith(".base_layer.weight"):
             delta = layers[module].get_delta_weight(ADAPTER).float()
             yield plain, (tensor.detach().float() + delta).to(tensor.dtype)

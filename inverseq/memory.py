@@ -182,13 +182,7 @@ def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     """
     b, count, stage = job.weight_bytes, job.policy.num_parameters, placement.zero_stage
     if job.config.policy.lora.rank:
-        adapters = adapter_parameters(job.policy, job.config.policy.lora)
-        return [
-            MemoryPart("policy weights", count * b, PHASES, "b·P"),
-            MemoryPart("adapters", adapters * FP32, PHASES, f"4·{adapters:,} in fp32"),
-            MemoryPart("AdamW moments", 2 * adapters * FP32, PHASES, "2·4 per adapter weight"),
-            MemoryPart("gradients", adapters * FP32, ("train",), "4 per adapter weight"),
-        ]
+        return [MemoryPart("policy weights", count * b, PHASES, "b·P"), *adapter_parts(job, stage)]
     on_gpu = job.hardware.device_type == "cuda"
     offload_optimizer = placement.offload_optimizer and on_gpu
     offload_parameters = placement.offload_parameters and on_gpu
@@ -212,6 +206,27 @@ def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
         formula = f"{formula}·max(V·D, I·D), until it is summed"
         parts.append(MemoryPart("gradient of one weight", (b + widened) * largest, ("train",), formula))
     return parts
+
+
+def adapter_parts(job: Job, stage: int) -> list[MemoryPart]:
+    """Adapters and what trains them: in fp32 in one process, under ZeRO in the base's dtype with fp32 masters.
+
+    Gradients are counted whole: what ZeRO-2 saves of so few is less than its buckets take.
+    """
+    count = adapter_parameters(job.policy, job.config.policy.lora)
+    if stage == 0:
+        return [
+            MemoryPart("adapters", count * FP32, PHASES, f"4·{count:,} in fp32"),
+            MemoryPart("AdamW moments", 2 * count * FP32, PHASES, "2·4 per adapter weight"),
+            MemoryPart("gradients", count * FP32, ("train",), "4 per adapter weight"),
+        ]
+    share, b = -(-count // job.world_size), job.weight_bytes
+    return [
+        MemoryPart("adapters", count * b, PHASES, f"b·{count:,}"),
+        MemoryPart("fp32 master weights", share * FP32, PHASES, "4 per adapter weight, over the ranks"),
+        MemoryPart("AdamW moments", 2 * share * FP32, PHASES, "2·4 per adapter weight, over the ranks"),
+        MemoryPart("gradients", count * (b + FP32), ("train",), "b + 4 per adapter weight"),
+    ]
 
 
 def adapter_parameters(size: ModelSize, lora: LoraConfig) -> int:
@@ -251,8 +266,10 @@ def gathered_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     b, count, stage = job.weight_bytes, job.policy.num_parameters, placement.zero_stage
     parts = []
     if stage >= 1:
-        buckets = 2 * b * min(count, BUCKET_ELEMENTS)
-        parts.append(MemoryPart("communication buckets", buckets, ("train",), "two of b·min(P, 5e8)"))
+        lora = job.config.policy.lora
+        reduced = adapter_parameters(job.policy, lora) if lora.rank else count
+        buckets = 2 * b * min(reduced, BUCKET_ELEMENTS)
+        parts.append(MemoryPart("communication buckets", buckets, ("train",), "two of b·min(trained weights, 5e8)"))
     live = b * min(count, LIVE_ELEMENTS)
     sharded_frozen = placement.frozen == "sharded"
     if stage == 3 or sharded_frozen:

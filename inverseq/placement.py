@@ -136,8 +136,9 @@ def candidates(job: Job) -> Iterator[Placement]:
     engine, on_gpu = job.config.engine, job.hardware.device_type == "cuda"
     recomputed = str(job.config.model.gradient_checkpointing).lower()
     checkpointing = (False, True) if recomputed == "auto" else (recomputed == "true",)
-    if job.config.policy.lora.rank:  # one process holds the base once, for the policy and the frozen models
-        yield from (Placement(0, False, False, "replicated", recompute) for recompute in checkpointing)
+    if job.config.policy.lora.rank:  # each rank holds the base once, for the policy and the frozen models
+        for recompute, stage in itertools.product(checkpointing, stages(job, False, False)):
+            yield Placement(stage, False, False, "replicated", recompute)
         return
     frozen = ("replicated",) + ("sharded",) * (job.world_size > 1) + ("host",) * on_gpu
     if engine.frozen != "auto":
@@ -167,20 +168,22 @@ def stages(job: Job, offload_optimizer: bool, offload_parameters: bool) -> tuple
     if offload_optimizer:
         return (2, 3) if several else (2,)
     if several:
-        return (1, 2, 3)
+        return (1, 2) if job.config.policy.lora.rank else (1, 2, 3)
     return (1,) if engine.kind == "deepspeed" else (0,)
 
 
 def check_keys(job: Job) -> None:
     """Raise ValueError for keys of the engine that contradict each other, or adapters."""
-    engine, lora = job.config.engine, job.config.policy.lora.rank
+    engine = job.config.engine
     if engine.offload_parameters == "cpu" and engine.zero_stage not in ("auto", "3"):
         raise ValueError(
             f"engine.offload_parameters='cpu': expected engine.zero_stage=3 or auto, not {engine.zero_stage}"
         )
     if engine.offload_optimizer == "cpu" and engine.zero_stage == "0":
         raise ValueError("engine.offload_optimizer='cpu': expected engine.zero_stage=1, 2, 3 or auto, not 0")
-    if engine.kind != "torch" and not lora:
+    if job.config.policy.lora.rank:
+        check_lora_keys(job.config)
+    if engine.kind != "torch":
         return
     needs = {
         "engine.zero_stage": engine.zero_stage not in ("auto", "0"),
@@ -190,8 +193,27 @@ def check_keys(job: Job) -> None:
     }
     for key in (key for key, needed in needs.items() if needed):
         value = getattr(engine, key.partition(".")[2])
-        instead = f"policy.lora.rank=0, not {lora}" if lora else "engine.kind=deepspeed or auto, not torch"
-        raise ValueError(f"{key}={value!r}: needs DeepSpeed; expected {instead}")
+        raise ValueError(f"{key}={value!r}: needs DeepSpeed; expected engine.kind=deepspeed or auto, not torch")
+
+
+def check_lora_keys(config: Config) -> None:
+    """Raise ValueError for what adapters cannot be combined with.
+
+    The frozen models are run through the policy's own modules, whose weights must be there outside of its forward.
+    """
+    expected = {
+        "engine.zero_stage": ("auto", "0", "1", "2"),
+        "engine.offload_optimizer": ("auto", "none"),
+        "engine.offload_parameters": ("auto", "none"),
+        "engine.frozen": ("auto", "replicated"),
+    }
+    for key, values in expected.items():
+        value = option_of(config, key)
+        if value not in values:
+            raise ValueError(
+                f"{key}={value!r}: expected {' or '.join(values)} with policy.lora.rank={config.policy.lora.rank}: "
+                "every rank holds the base once, as policy and frozen model, and adapters need little beside it"
+            )
 
 
 def excess_bytes(job: Job, placement: Placement) -> int:

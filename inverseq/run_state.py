@@ -203,10 +203,6 @@ def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
         if config.contrast.refresh_every:
             raise ValueError(f"contrast.refresh_every={config.contrast.refresh_every}: {message.format(0)}")
     kind = asked if asked != "auto" else "deepspeed" if reasons else "torch"
-    if kind == "deepspeed" and config.policy.lora.rank:
-        raise ValueError(
-            f"policy.lora.rank={config.policy.lora.rank}: runs in one process without offload, not under deepspeed"
-        )
     if kind == "deepspeed":
         check_deepspeed()
     return kind

@@ -150,9 +150,12 @@ class LmdeploySampler:
             if not self.is_asleep:
                 self.engine.sleep()
             self.engine.wake_up(["weights"])
-            layers = list(layers_of(policy))
-            for number, layer in enumerate(layers, 1):
-                self.engine.update(serialized(layer), finished=number == len(layers))
+            layers = layers_of(policy)
+            layer = next(layers)
+            for following in layers:
+                self.engine.update(serialized(layer), finished=False)
+                layer = following
+            self.engine.update(serialized(layer), finished=True)
             self.engine.wake_up(["kv_cache"])
         except Exception as error:  # whatever an engine raises that was not made for it
             logger.warning("LMDeploy did not take the weights, they are reloaded from now on: %s", error)

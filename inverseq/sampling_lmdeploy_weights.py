@@ -18,17 +18,34 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from transformers import PreTrainedModel
 
+from .lora import merged_weights, plain_name
+
 __all__ = ["layers_of", "serialized"]
 
 
 def layers_of(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """The model's parameters by layer, those of no layer last; a head tied to the embedding is not named again."""
-    layers: dict[str, dict[str, Tensor]] = {}
+    """The model's parameters by layer, those of no layer last; a head tied to the embedding is not named again.
+
+    Adapters are merged into the weights, a layer at a time.
+    """
+    names = {plain_name(name) for name, _ in model.named_parameters()}
+    layer: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        layer = re.match(r".*?\.\d+\.", name)
-        (layers.setdefault(layer[0], {}) if layer else others)[name] = parameter.detach().contiguous()
-    yield from layers.values()
+    current = None
+    for name, weight in merged_weights(model):
+        found = re.match(r".*?\.\d+\.", name)
+        if name not in names:  # a buffer, or a tied weight's second name
+            continue
+        if found is None:
+            others[name] = weight.contiguous()
+            continue
+        if layer and found[0] != current:
+            yield layer
+            layer = {}
+        current = found[0]
+        layer[name] = weight.contiguous()
+    if layer:
+        yield layer
     yield others
 
 

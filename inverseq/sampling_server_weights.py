@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .atomic import atomic_directory, naming_file
 from .config import ServerConfig
+from .lora import has_adapters, merged_model
 
 __all__ = ["fill_template", "one_at_a_time", "refresh", "save_weights"]
 
@@ -37,7 +38,12 @@ def fill_template(template: str, model_dir: Path, step: int) -> str:
 def save_weights(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_ids: tuple[int, ...]
 ) -> None:
-    """Write model and tokenizer to ``folder``, replacing what is there whole; OSError names it when it cannot."""
+    """Write model and tokenizer to ``folder``, replacing what is there whole; OSError names it when it cannot.
+
+    Adapters are merged into the weights, so that a server needs to know nothing of them.
+    """
+    if has_adapters(model):
+        model = merged_model(model)
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=True,

@@ -19,6 +19,7 @@ from inverseq.packing import pack_views
 from inverseq.placement import plan_placement, problem_of
 from inverseq.policy import Policy
 from inverseq.sample_files import read_samples, samples_path
+from inverseq.sampling_lmdeploy_weights import layers_of
 from inverseq.trainer import train
 from tests.test_placement import LLAMA_7B, job
 from tests.tiny import make_tiny_model
@@ -159,6 +160,18 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_ends(model_path, run_dir,
     shutil.rmtree(path)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_engine_that_takes_weights_by_layer_gets_the_merged_ones(tmp_path, tied):
+    model = moved_model(make_tiny_model(tmp_path / "model", scale=0.2, tied=tied))
+    merged = dict(merged_model(model).named_parameters())
+    layers = list(layers_of(model))
+    assert len(layers) == 3 and all(name.startswith("model.layers.1.") for name in layers[1])
+    found = {name: weight for layer in layers for name, weight in layer.items()}
+    assert found.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(found[name], weight, atol=0, rtol=0, msg=name)
+
+
 def test_a_7b_model_fits_one_80_gb_gpu_without_offload_or_a_second_copy():
     task = job(LLAMA_7B, "1x80GB", "policy.lora.rank=64")
     placement = plan_placement(task)
@@ -179,10 +192,11 @@ def test_the_planner_counts_the_adapters_that_peft_makes(model_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sampling.overlap=true"], "sampling.overlap=True: expected false with policy.lora"),
-        (["contrast.refresh_every=1"], "contrast.refresh_every=1: expected 0 with policy.lora"),
+        (["sampling.overlap=true"], "sampling.overlap=True: expected false with policy.lora: one copy of"),
+        (["contrast.refresh_every=1"], "contrast.refresh_every=1: expected 0 with policy.lora: one copy of"),
         (["policy.lora.rank=-1"], "policy.lora.rank=-1: expected 0 or more"),
-        (["engine.kind=deepspeed"], "not under deepspeed"),
+        (["engine.zero_stage=3"], "engine.zero_stage='3': expected auto or 0 or 1 or 2 with policy.lora.rank=4"),
+        (["engine.frozen=sharded"], "engine.frozen='sharded': expected auto or replicated with policy.lora.rank=4"),
         (["policy.lora.target_modules=q_prj"], "the model has no q_prj"),
         (["policy.lora.target_modules=lm_head"], "expected no embedding"),
     ],

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from inverseq.config_loading import load_config
 from inverseq.memory import GIB, Hardware, Job, estimate_memory, model_size, needed_bytes
-from inverseq.placement import check_fits, parse_hardware, place_run, plan_placement, problem_of
+from inverseq.placement import candidates, check_fits, parse_hardware, place_run, plan_placement, problem_of
 from inverseq.resolve import resolve
 from tests.tiny import make_tiny_model
 
@@ -90,7 +90,22 @@ def test_two_frozen_models_are_sharded_where_they_do_not_fit_twice():
     assert choice(job(LLAMA_7B, "8x80GB", plain=LLAMA_7B)) == (2, 0, "sharded", False)
 
 
-def test_adapters_hold_the_base_once_and_run_in_one_process():
+def test_adapters_on_many_gpus_hold_the_base_once_a_rank_and_their_optimizer_over_the_ranks():
+    asked = job(LLAMA_7B, "8x80GB", "policy.lora.rank=64")
+    assert choice(asked) == (1, 0, "replicated", False)
+    assert choice(job(LLAMA_13B, "8x80GB", "policy.lora.rank=64")) == (1, 0, "replicated", False)
+    parts = {part.name: part.num_bytes for part in estimate_memory(asked, plan_placement(asked))}
+    assert parts["adapters"] == parts["communication buckets"] / 2 == 2 * 159_907_840
+    assert parts["fp32 master weights"] == parts["AdamW moments"] / 2 == 4 * 159_907_840 / 8
+    assert parts["policy weights"] == 2 * LLAMA_7B.num_parameters and "frozen model" not in parts
+    assert choice(job(LLAMA_7B, "8x80GB", "policy.lora.rank=64", "engine.zero_stage=2"))[0] == 2
+    assert choice(job(LLAMA_7B, "1x80GB", "policy.lora.rank=64", "engine.kind=deepspeed"))[0] == 1
+    too_small = job(LLAMA_13B, "8x24GB", "policy.lora.rank=64")
+    assert problem_of(too_small, plan_placement(too_small)) is not None
+    assert {plan.zero_stage for plan in candidates(too_small)} == {1, 2}
+
+
+def test_adapters_hold_the_base_once():
     asked = job(LLAMA_7B, "1x40GB", "policy.lora.rank=64")
     assert choice(asked) == (0, 0, "replicated", True)
     assert choice(job(LLAMA_7B, "1x80GB", "policy.lora.rank=64")) == (0, 0, "replicated", False)
@@ -150,7 +165,8 @@ def test_the_plain_engine_is_never_given_what_needs_deepspeed():
         (["engine.kind=torch", "engine.zero_stage=2"], "engine.zero_stage='2': needs DeepSpeed"),
         (["engine.kind=torch", "engine.offload_optimizer=cpu"], "engine.offload_optimizer='cpu': needs DeepSpeed"),
         (["engine.kind=torch", "engine.frozen=sharded"], "engine.frozen='sharded': needs DeepSpeed"),
-        (["policy.lora.rank=8", "engine.zero_stage=3"], "engine.zero_stage='3': needs DeepSpeed.*policy.lora.rank=0"),
+        (["policy.lora.rank=8", "engine.zero_stage=3"], "engine.zero_stage='3': expected auto.*policy.lora.rank=8"),
+        (["policy.lora.rank=8", "engine.offload_optimizer=cpu"], "engine.offload_optimizer='cpu': expected auto.*lora"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides, message):

@@ -47,6 +47,7 @@ OVERRIDES = [
 ]
 CONTRASTS = {"principle": [], "model": ["contrast.kind=model", "contrast.plain_model={root}/sft"]}
 SAMPLING = ["sampling.backend=transformers", "sampling.replay_path="]
+LORA = ["policy.lora.rank=4", "policy.lora.alpha=16", "optim.lr=1e-2"]
 ONE_SAMPLE = ["sampling.samples_per_epoch=1", "prompts.held_out=1", "epochs=1"]
 # reference run: (policy, contrast, overrides)
 REFERENCES = {
@@ -58,6 +59,9 @@ REFERENCES = {
     "three epochs": ("tied", "principle", ["epochs=3"]),
     "refreshed": ("untied", "principle", ["contrast.refresh_every=1"]),
     "bfloat16": ("untied", "principle", ["model.dtype=bfloat16", "epochs=1"]),
+    "LoRA": ("untied", "principle", LORA),
+    "LoRA model contrast": ("tied", "model", LORA),
+    "LoRA bfloat16": ("untied", "principle", [*LORA, "model.dtype=bfloat16", "epochs=1"]),
 }
 # run of two ranks: (reference, overrides)
 CASES = {
@@ -90,6 +94,10 @@ CASES = {
     "bfloat16 under ZeRO-1": ("bfloat16", ["engine.zero_stage=1"]),
     "three epochs": ("three epochs", ["engine.zero_stage=3"]),
     "a contrast that is refreshed": ("refreshed", ["engine.zero_stage=3"]),
+    "LoRA by default": ("LoRA", []),
+    "LoRA under ZeRO-2": ("LoRA", ["engine.zero_stage=2"]),
+    "LoRA model contrast": ("LoRA model contrast", ["engine.zero_stage=1"]),
+    "LoRA in bfloat16": ("LoRA bfloat16", ["engine.zero_stage=1"]),
 }
 STAGES = (3, 2, 1)
 # Runs of two ranks that go on from a copy of another run: (run, epochs kept, reference, overrides, action)
@@ -104,6 +112,8 @@ RESUMED = {
         "three epochs", 1, "three epochs", ["engine.kind=deepspeed", "engine.zero_stage=3"], "one_process"
     ),
     "two, then one, then two": ("two, then one", 2, "three epochs", ["engine.zero_stage=2"], "resume"),
+    "LoRA resumed": ("LoRA by default", 1, "LoRA", ["engine.zero_stage=2"], "resume"),
+    "LoRA of one process resumed by two": ("one process LoRA", 1, "LoRA", [], "resume"),
 }  # fmt: skip
 ENGINE_JOBS = {  # (action, overrides)
     **{f"not a number under ZeRO-{stage}": ("not_a_number_on_one_rank", stage) for stage in STAGES},
@@ -195,6 +205,11 @@ def assert_same_training(run_dir: Path, reference: Path, *, atol: float = ATOL) 
     assert [row[key] for row in ours] == pytest.approx([row[key] for row in expected], rel=1e-4)
 
 
+def masters_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    parts = [load_file(part) for part in checkpoint.glob("*.safetensors")]
+    return {key.removeprefix("master/"): part[key] for part in parts for key in part if key.startswith("master/")}
+
+
 FP32_CASES = [name for name in CASES if "bfloat16" not in name]
 
 
@@ -212,8 +227,7 @@ def test_bfloat16_weights_are_trained_through_fp32_masters(root, two_ranks, stag
     state = torch.load(two_ranks / "one process bfloat16/checkpoints/epoch_0001/engine.pt", weights_only=True)
     names = [name for name, _ in AutoModelForCausalLM.from_pretrained(root / "untied").named_parameters()]
     expected = dict(zip(names, state["masters"], strict=True))
-    parts = [load_file(part) for part in (two_ranks / name / "checkpoints/epoch_0001").glob("*.safetensors")]
-    masters = {key.removeprefix("master/"): part[key] for part in parts for key in part if key.startswith("master/")}
+    masters = masters_of(two_ranks / name / "checkpoints/epoch_0001")
     exported = load_file(two_ranks / name / "export/model.safetensors")
     assert masters.keys() == expected.keys() == exported.keys()
     for key, master in masters.items():
@@ -224,17 +238,45 @@ def test_bfloat16_weights_are_trained_through_fp32_masters(root, two_ranks, stag
     assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
 
 
+def test_adapters_of_two_ranks_are_checkpointed_alone_and_exported_as_those_of_one_process(root, two_ranks):
+    assert_trained(root, "LoRA by default")
+    mine, theirs = two_ranks / "LoRA by default", two_ranks / "one process LoRA"
+    expected = load_file(theirs / "checkpoints/epoch_0002/model.safetensors")
+    masters = masters_of(mine / "checkpoints/epoch_0002")
+    assert masters.keys() == expected.keys() and all("lora_" in key for key in masters)
+    ours, adapters = (load_file(run / "adapter/adapter_model.safetensors") for run in (mine, theirs))
+    assert ours.keys() == adapters.keys() and len(ours) == len(masters)
+    for found, wanted in ((masters, expected), (ours, adapters)):
+        for key, weight in wanted.items():
+            torch.testing.assert_close(found[key], weight, rtol=0, atol=ATOL, msg=key)
+
+
+def test_adapters_of_a_16_bit_model_are_trained_through_fp32_masters(root, two_ranks):
+    assert_trained(root, "LoRA in bfloat16")
+    masters = masters_of(two_ranks / "LoRA in bfloat16/checkpoints/epoch_0001")
+    expected = load_file(two_ranks / "one process LoRA bfloat16/checkpoints/epoch_0001/model.safetensors")
+    keys = [key for key in expected if "lora_B" in key]  # these start at 0
+    assert {masters[key].dtype for key in keys} == {torch.float32}
+    gap = torch.cat([(masters[key] - expected[key]).flatten() for key in keys])
+    moved = torch.cat([expected[key].flatten() for key in keys])
+    assert 0 < gap.norm() < 0.05 * moved.norm(), f"{gap.norm() / moved.norm():.3f}: adapters of one process are fp32"
+    assert any(not torch.equal(masters[key], masters[key].bfloat16().float()) for key in keys)
+    exported = load_file(two_ranks / "LoRA in bfloat16/export/model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_goes_on_with_another_number_of_ranks_another_stage_or_another_engine(root, two_ranks, name):
     assert_trained(root, name)
     assert_same_training(two_ranks / name, two_ranks / f"one process {RESUMED[name][2]}")
 
 
-def test_one_process_goes_on_from_a_checkpoint_of_two_ranks(root, two_ranks):
-    assert_trained(root, "ZeRO-3 untied")
-    cut_back(two_ranks / "ZeRO-3 untied", two_ranks / "two, then torch", num_epochs=1)
-    trainer.train(load_config("demo", overrides_of(root, "two, then torch", "untied")), resume=True)
-    assert_same_training(two_ranks / "two, then torch", two_ranks / "one process untied")
+@pytest.mark.parametrize(("name", "reference"), [("ZeRO-3 untied", "untied"), ("LoRA by default", "LoRA")])
+def test_one_process_goes_on_from_a_checkpoint_of_two_ranks(root, two_ranks, name, reference):
+    assert_trained(root, name)
+    cut_back(two_ranks / name, two_ranks / f"{name}, then torch", num_epochs=1)
+    trainer.train(load_config("demo", overrides_of(root, f"{name}, then torch", reference)), resume=True)
+    assert_same_training(two_ranks / f"{name}, then torch", two_ranks / f"one process {reference}")
 
 
 def test_two_ranks_that_resume_are_the_uninterrupted_two_bit_for_bit(root, two_ranks):

@@ -5,6 +5,8 @@ import threading
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from inverseq import sampling_server_client
 from inverseq.config_loading import load_config
@@ -83,6 +85,18 @@ def test_a_run_trains_on_what_the_server_sampled_with_the_weights_of_the_moment(
             assert (response.engine, response.weights_step) == ("server", step)
             assert (response.token_ids[-1] == EOS) == (response.finish_reason == "stop")
     assert (run_dir / "eval" / "epoch_0002.jsonl").exists()
+
+
+def test_a_server_is_given_the_adapters_merged_into_the_weights(inputs, tmp_path, proxy):
+    more = ("policy.lora.rank=4", "evaluation.every=2", "sampling.ahead=true")
+    run_dir = train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, *more)))
+    assert [row["probe_greedy_gap"] < 1e-5 for row in rows(run_dir, "epoch")] == [True] * 3
+    assert proxy.num_refreshes == 2  # steps 0 and 4: epoch 2 is drawn with the weights of epoch 1
+    served, exported = (load_file(run_dir / name / "model.safetensors") for name in ("weights", "export"))
+    initial = load_file(inputs / "model" / "model.safetensors")
+    assert served.keys() == exported.keys() == initial.keys()
+    assert all(torch.equal(served[name], weight) for name, weight in exported.items())
+    assert any((weight - initial[name]).abs().max() > 1e-3 for name, weight in served.items())
 
 
 def test_a_server_that_fails_stops_the_run_at_its_checkpoint_and_resume_loses_and_doubles_nothing(
