@@ -6,7 +6,7 @@
     sft         the model as it is
     prompting   the model as it is, reading the principle
     dpo         TRL's DPO on HH pairs, as many a round as the others have samples
-    rloo        TRL's RLOO on the reward proxy: the on-policy trainer that TRL offers where the paper has PPO
+    rloo        TRL's RLOO on the reward proxy: the on-policy trainer for the paper's PPO, which TRL 1.16 does not have
     inverseq    this project; no pairs and no reward
 
 DIR is as in ``convergence.py``, whose reward proxy scores the answers to held-out HH prompts after every round. The win
