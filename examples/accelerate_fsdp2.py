@@ -31,6 +31,7 @@ def main(model_path: str, steps: int = 4) -> list[float]:
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
     accelerator.print(f"loss by step: {', '.join(f'{loss:.4f}' for loss in losses)}")
+    del module, optimizer  # what FSDP holds of the process group goes before the group, or the exit may wait for ever
     accelerator.end_training()
     return losses
 
