@@ -98,13 +98,14 @@ def test_every_kernel_that_an_operation_launches_is_in_the_table(report, monkeyp
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
-    launch_every_operation()
+    for dtype in (torch.float32, torch.bfloat16):  # stored logits, tiles
+        launch_every_operation(dtype)
     assert launched <= {row["kernel"] for row in report[1]}
-    assert len(launched) >= 8
+    assert len(launched) >= 13
 
 
-def launch_every_operation():
-    hidden, weight, bias = torch.randn(3, 16), torch.randn(20, 16), torch.randn(20)
+def launch_every_operation(dtype):
+    hidden, weight, bias = (torch.randn(*size).to(dtype) for size in ((3, 16), (20, 16), (20,)))
     ids, targets = torch.tensor([1, -100, 19]), torch.zeros(3)
     for tensor in (hidden, weight, bias):
         tensor.requires_grad_()

@@ -147,7 +147,7 @@ def test_choices_on_cuda_say_once_when_slower_or_never_verified(monkeypatch):
     with pytest.warns(UserWarning) as record:
         for _ in range(2):
             assert backends.choose_backend(None, backends.LOSS, double) == "torch"
-            assert backends.choose_backend(None, backends.LOSS, single) == "torch"
+            assert backends.choose_backend(None, backends.LOSS, single) == "triton"
             assert backends.choose_backend(None, backends.LOSS, half) == "triton"
             assert backends.choose_backend("triton", backends.LOSS, single) == "triton"
             assert backends.choose_backend("torch", backends.LOSS, half) == "torch"

@@ -1,4 +1,4 @@
-"""What the Triton launchers keep inside their matrices and ranges, and which blocks fit which GPU."""
+"""What the Triton launchers keep inside their matrices and ranges, and which structure and blocks fit which call."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from inverseq_kernels import (  # noqa: E402
     IGNORE_INDEX,
     backends,
+    contrastive_logprob,
     linear_logprob,
     squared_log_ratio_loss,
     triton_logprob,
@@ -17,14 +18,24 @@ from inverseq_kernels.triton_blocks import (  # noqa: E402
     CONTRAST_PAIR,
     EXPONENTIAL,
     GRADIENT,
+    LOGITS,
     STATISTICS,
     STATISTICS_RICH,
+    TILES,
     choose_blocks,
     choose_loss_blocks,
+    choose_structure,
+    is_aligned,
 )
+from inverseq_kernels.triton_stored import StoredLogits  # noqa: E402
 
 NUM_WORDS, PITCH, DIM = 70, 128, 16
 SETTINGS = {"softcap": None, "temperature": 1.0, "num_valid_vocab": NUM_WORDS, "workspace_bytes": 2**24}
+
+
+both_structures = pytest.mark.parametrize(
+    ("structure", "dtype"), [(TILES, torch.bfloat16), (LOGITS, torch.float32), (LOGITS, torch.bfloat16)], ids=str
+)
 
 
 def make_inputs(num_rows, dtype=torch.float32):
@@ -34,29 +45,32 @@ def make_inputs(num_rows, dtype=torch.float32):
     return [hidden, weight / 4, None, torch.arange(num_rows) % NUM_WORDS]
 
 
-def logprob_gradients(inputs, grad):
+def logprob_gradients(inputs, grad, structure):
     """Gradients of hidden and weight for upstream gradients [A] of the log-probs."""
-    forward = triton_logprob.logprob_forward(*inputs, want_entropy=False, **SETTINGS)
-    return triton_logprob.logprob_backward(grad, None, *inputs, *forward[1:], needs=(True, True, False), **SETTINGS)
+    settings = SETTINGS | {"structure": structure}
+    forward = triton_logprob.logprob_forward(*inputs, want_entropy=False, **settings)
+    return triton_logprob.logprob_backward(grad, None, *inputs, *forward[1:], needs=(True, True, False), **settings)
 
 
-def loss_forward(inputs):
+def loss_forward(inputs, structure):
     num_rows = inputs[0].shape[0]
     ones = torch.ones(num_rows)
     return triton_loss.squared_log_ratio_forward(
-        *inputs, -3 * ones, ones, torch.tensor(1.0), needs=(True, True, False), **SETTINGS
+        *inputs, -3 * ones, ones, torch.tensor(1.0), needs=(True, True, False), structure=structure, **SETTINGS
     )
 
 
-def test_a_token_id_past_the_vocabulary_leaves_the_other_rows_alone():
-    inputs = make_inputs(2)
-    expected = loss_forward(inputs)[2]
+@both_structures
+def test_a_token_id_past_the_vocabulary_leaves_the_other_rows_alone(structure, dtype):
+    inputs = make_inputs(2, dtype)
+    expected = loss_forward(inputs, structure)[2]
     inputs[3][0] = PITCH + 5  # word 5 of the row below, were it not masked
-    actual = loss_forward(inputs)[2]
+    actual = loss_forward(inputs, structure)[2]
     torch.testing.assert_close(actual[1], expected[1])
 
 
-def test_gradient_rows_are_stored_up_to_the_pitch(monkeypatch):
+@both_structures
+def test_gradient_rows_are_stored_up_to_the_pitch(monkeypatch, structure, dtype):
     matrices = []
     add = triton_logprob._GradientSums.add
 
@@ -67,18 +81,19 @@ def test_gradient_rows_are_stored_up_to_the_pitch(monkeypatch):
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(7))
     monkeypatch.setattr(triton_logprob._GradientSums, "add", spy)
-    logprob_gradients(make_inputs(3), torch.ones(3))
+    logprob_gradients(make_inputs(3, dtype), torch.ones(3), structure)
     assert len(matrices) == 1
     assert not matrices[0][:, NUM_WORDS:].any()
     assert matrices[0][:, :NUM_WORDS].all()
 
 
-def test_the_upstream_gradient_of_an_ignored_row_does_not_choose_the_scale_of_fp16():
+@pytest.mark.parametrize("structure", [TILES, LOGITS])
+def test_the_upstream_gradient_of_an_ignored_row_does_not_choose_the_scale_of_fp16(structure):
     inputs, grad = make_inputs(4, torch.float16), torch.ones(4)
     inputs[3][1] = IGNORE_INDEX
-    expected = logprob_gradients(inputs, grad)
+    expected = logprob_gradients(inputs, grad, structure)
     grad[1] = 1e30
-    for actual, plain in zip(logprob_gradients(inputs, grad)[:2], expected[:2], strict=True):
+    for actual, plain in zip(logprob_gradients(inputs, grad, structure)[:2], expected[:2], strict=True):
         assert torch.equal(actual, plain)
         assert actual.any()
 
@@ -157,28 +172,71 @@ def test_the_gradient_of_an_fp32_weight_beside_half_precision_is_not_rounded_to_
 @pytest.mark.parametrize("capability", [80, 90])
 def test_short_widths_take_tiles_of_half_the_words_with_equal_results(capability):
     for op in (EXPONENTIAL, GRADIENT, STATISTICS):
-        narrow, wide = (choose_blocks(op, capability, torch.bfloat16, dim=dim) for dim in (1024, 1025))
+        narrow, wide = (choose_blocks(op, capability, dim) for dim in (1024, 1025))
         assert (narrow.words, wide.words) == (128, 256)
-    assert choose_loss_blocks(capability, torch.bfloat16, True, False, 576).words == 128
-    inputs, ones = make_inputs(40), torch.ones(40)
+    assert choose_loss_blocks(capability, False, 576).words == 128
+    inputs, ones = make_inputs(40, torch.bfloat16), torch.ones(40)
     results = [
         triton_loss.squared_log_ratio_forward(
-            *inputs, -3 * ones, ones, torch.tensor(1.0), needs=(True, True, False), blocks=blocks, **SETTINGS
+            *inputs,
+            -3 * ones,
+            ones,
+            torch.tensor(1.0),
+            needs=(True, True, False),
+            structure=TILES,
+            blocks=choose_loss_blocks(capability, False, dim),
+            **SETTINGS,
         )[:4]
-        for blocks in (choose_loss_blocks(capability, torch.bfloat16, True, False, dim) for dim in (1024, 1025))
+        for dim in (1024, 1025)
     ]
     for narrow, wide in zip(*results, strict=True):
         torch.testing.assert_close(narrow, wide)
 
 
+def test_tiles_take_aligned_half_precision_on_tensor_cores_and_stored_logits_the_rest():
+    half = make_inputs(3, torch.bfloat16)[0]
+    assert is_aligned(half) and not is_aligned(half[:, :15].contiguous())
+    assert not is_aligned(half.view(-1)[1:33].view(2, 16))
+    for capability in (0, 80, 86, 90, 100, 120):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert choose_structure(capability, dtype, True) == TILES
+            assert choose_structure(capability, dtype, False) == LOGITS
+        for dtype in (torch.float32, None):
+            assert choose_structure(capability, dtype, True) == LOGITS
+    assert choose_structure(75, torch.float16, True) == LOGITS  # no bf16, and less shared memory than tiles take
+
+
+@pytest.mark.parametrize("op", ["logprob", "loss", "contrast"])
+@pytest.mark.parametrize(
+    "dtype, dim, expected", [(torch.bfloat16, 16, False), (torch.bfloat16, 15, True), (torch.float32, 16, True)]
+)
+def test_every_operation_asks_which_structure_fits_its_tensors(monkeypatch, op, dtype, dim, expected):
+    writes, write = [], StoredLogits.write
+
+    def spy(self, *rest, **options):
+        writes.append(self)
+        write(self, *rest, **options)
+
+    monkeypatch.setattr(StoredLogits, "write", spy)
+    hidden, weight, _, token_ids = make_inputs(4, dtype)
+    hidden, weight = leaves_of(hidden[:, :dim], weight[:, :dim])
+    if op == "contrast":
+        contrastive_logprob(hidden, weight, hidden, weight, token_ids, 1.4, backend="triton")
+    elif op == "loss":
+        squared_log_ratio_loss(hidden, weight, token_ids, torch.zeros(4), denominator=1, backend="triton")
+    else:
+        linear_logprob(hidden, weight, token_ids, backend="triton").sum().backward()
+    assert bool(writes) == expected
+
+
 @pytest.mark.parametrize("op", [CONTRAST, CONTRAST_PAIR, GRADIENT, STATISTICS_RICH])
 def test_hopper_blocks_are_for_hopper_and_its_kind(op):
-    small_memory = choose_blocks(op, 120, torch.bfloat16)
-    assert small_memory == choose_blocks(op, 80, torch.bfloat16)
+    small_memory = choose_blocks(op, 120)
+    assert small_memory == choose_blocks(op, 80)
     assert not small_memory.tma
     tile_bytes = (small_memory.rows + small_memory.words) * small_memory.dim * 2
     assert tile_bytes * small_memory.num_stages < 99 * 1024
-    assert choose_blocks(op, 90, torch.bfloat16).tma
-    assert choose_blocks(op, 100, torch.bfloat16).tma
+    assert choose_blocks(op, 90).tma
+    assert choose_blocks(op, 100).tma
     for capability, is_hopper in ((80, False), (90, True), (120, False)):
-        assert choose_loss_blocks(capability, torch.bfloat16, True, True).tma == is_hopper
+        assert choose_loss_blocks(capability, True).tma == is_hopper

@@ -41,9 +41,9 @@ def backend_module(backend: str, stem: str) -> types.ModuleType:
 def choose_backend(backend: str | None, stem: str, hidden: Tensor) -> str:
     """Return "torch" or "triton" for an operation on ``hidden``.
 
-    None takes triton on CUDA for fp16 and bf16 and torch everywhere else. For fp32 that is reasoned, not
-    measured: exact fp32 products run on no tensor core, so triton's small tiles stand against cuBLAS's own
-    SGEMM. A named backend is never replaced by another: ValueError where "triton" cannot serve.
+    None takes triton on CUDA and torch everywhere else. For fp32 that is reasoned, not measured: triton's row
+    kernels read what the same cuBLAS products leave, and pass over it fewer times than the torch backend. A named
+    backend is never replaced by another: ValueError where "triton" cannot serve.
     """
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
@@ -52,9 +52,8 @@ def choose_backend(backend: str | None, stem: str, hidden: Tensor) -> str:
         raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
     device = hidden.device.type
     if backend is None:
-        is_half = hidden.dtype in (torch.float16, torch.bfloat16)
-        backend = "triton" if device == "cuda" and is_half and obstacle is None else "torch"
-        if device == "cuda" and hidden.dtype != torch.float32 and obstacle is not None:
+        backend = "triton" if device == "cuda" and obstacle is None else "torch"
+        if device == "cuda" and obstacle is not None:
             _warn_once(f"inverseq_kernels: {stem} runs on the slower torch backend: {obstacle}")
     if (backend, device) in NEVER_VERIFIED:
         _warn_once(f"inverseq_kernels: the {backend} backend has never been verified on {device}")

@@ -1,4 +1,7 @@
-"""Tile sizes and launch options of the GEMM-like kernels: a plain function of chip, dtype and alignment.
+"""Which structure serves a call, and its tile sizes and launch options: plain functions of chip, dtype and alignment.
+
+    tiles    a Triton GEMM whose epilogue does the row work; no fp32 logits are stored
+    logits   cuBLAS stores a row chunk's logits in fp32, one Triton kernel a purpose does the row work on them
 
 What the choices rest on is in kernels/README.md; every configuration compiles without spills for sm_80 and sm_90
 (benchmarks/results/kernel_report.txt).
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TILES, LOGITS = "tiles", "logits"
 # Contrast with one accumulator, contrast with two, statistics of one head, logit gradient of one head; the
 # rich ones have a softcap or an entropy, whose epilogues keep a second tile in registers.
 CONTRAST, CONTRAST_PAIR, STATISTICS, GRADIENT = "contrast", "contrast_pair", "statistics", "gradient"
@@ -24,7 +28,7 @@ PAIRED = frozenset({STATISTICS, GRADIENT, EXPONENTIAL})
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes and launch options of one GEMM-like kernel."""
+    """Tile sizes and launch options of one kernel."""
 
     rows: int
     words: int
@@ -32,7 +36,7 @@ class Blocks:
     num_warps: int
     num_stages: int
     group_rows: int = 16  # row blocks that walk through the vocabulary together and share it in L2
-    tma: bool = False  # read tiles through TMA descriptors where addresses allow it
+    tma: bool = False  # read tiles through TMA descriptors
 
 
 def is_hopper_like(capability: int) -> bool:
@@ -40,24 +44,26 @@ def is_hopper_like(capability: int) -> bool:
     return 90 <= capability < 120
 
 
-def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = True, dim: int = 4096) -> Blocks:
-    """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter.
+def choose_structure(capability: int, dtype: torch.dtype | None, aligned: bool) -> str:
+    """TILES or LOGITS, by what is known without a GPU's timings.
 
-    ``aligned`` is ``is_aligned`` of the matrices; without it neither TMA nor asynchronous copies can load a
-    tile, every element goes through registers, and only small tiles leave room for that.
+    ``dtype`` is that of all heads of the call, None where they differ; ``aligned`` is ``is_aligned`` of their matrices:
+    without it neither TMA nor asynchronous copies can load a tile. Exact fp32 products use no tensor core, where
+    cuBLAS's own kernels leave nothing to win; the tiles are sized for tensor cores that read bf16, sm_80 and later.
     """
+    can_tile = dtype in (torch.float16, torch.bfloat16) and aligned and not 0 < capability < 80
+    return TILES if can_tile else LOGITS
+
+
+def choose_blocks(op: str, capability: int, dim: int = 4096) -> Blocks:
+    """Tile sizes for a kernel family on a device: capability 80, 90, ..., or 0 for the CPU interpreter."""
     if capability == 0:
         return Blocks(32, 128, 64, num_warps=4, num_stages=1)
-    small = op in TWO_TILES
-    if dtype == torch.float32:
-        narrow = small or not aligned or op == CONTRAST
-        return Blocks(64, 32 if narrow else 64, 32, num_warps=4, num_stages=2)
-    if not aligned:
-        return Blocks(64, 64, 32, num_warps=4, num_stages=2)
+    is_hopper = is_hopper_like(capability)
     if op in PAIRED and dim <= SHORT_DIM:
-        is_hopper = is_hopper_like(capability)
         return Blocks(128, 128, 64 if is_hopper else 32, num_warps=8, num_stages=3, tma=is_hopper)
-    if not is_hopper_like(capability):
+    small = op in TWO_TILES
+    if not is_hopper:
         if op == CONTRAST_PAIR:
             return Blocks(128, 64, 64, num_warps=4, num_stages=3)
         return Blocks(128, 128 if small else 256, 32, num_warps=8, num_stages=4 if small else 3)
@@ -67,14 +73,16 @@ def choose_blocks(op: str, capability: int, dtype: torch.dtype, aligned: bool = 
     return Blocks(128, 256, 64, num_warps=8, num_stages=3 if op == CONTRAST else 4, tma=True)
 
 
-def choose_loss_blocks(
-    capability: int, dtype: torch.dtype, aligned: bool, has_softcap: bool, dim: int = 4096
-) -> Blocks:
+def choose_loss_blocks(capability: int, has_softcap: bool, dim: int = 4096) -> Blocks:
     """Tile sizes of ``exponential_kernel``: with a softcap's derivative, tiles of 256 words spill registers."""
-    if has_softcap and aligned and capability > 0 and dtype != torch.float32:
-        is_hopper = is_hopper_like(capability)
-        return Blocks(128, 128, 64 if is_hopper else 32, num_warps=8, num_stages=3, tma=is_hopper)
-    return choose_blocks(EXPONENTIAL, capability, dtype, aligned, dim)
+    return choose_blocks(EXPONENTIAL, capability, SHORT_DIM if has_softcap else dim)
+
+
+def choose_logit_blocks(capability: int) -> Blocks:
+    """Rows of a program and words of a segment where stored logits are read: one row a program on a GPU."""
+    if capability == 0:
+        return Blocks(32, 1024, 0, num_warps=4, num_stages=1)
+    return Blocks(1, 4096, 0, num_warps=8, num_stages=1)
 
 
 def capability_of(tensor: Tensor) -> int:
@@ -86,10 +94,5 @@ def capability_of(tensor: Tensor) -> int:
 
 
 def is_aligned(*matrices: Tensor) -> bool:
-    """Whether row-major matrices can be loaded in 16-byte pieces that the compiler knows of, or by TMA."""
+    """Whether row-major matrices can be loaded in 16-byte pieces that the compiler knows of, and by TMA."""
     return all(matrix.data_ptr() % 16 == 0 and matrix.shape[1] % 16 == 0 and matrix.shape[1] > 0 for matrix in matrices)
-
-
-def can_use_tma(*matrices: Tensor) -> bool:
-    """Whether row-major matrices meet TMA's rules, which ``is_aligned`` includes."""
-    return is_aligned(*matrices)

@@ -1,14 +1,14 @@
 """What the Triton kernels share: tiles of head logits, their softmax statistics, and the end of a log-sum-exp.
 
-A kernel program owns one tile of ROWS action rows by WORDS vocabulary entries. It accumulates
+A program of a "tiles" kernel owns one tile of ROWS action rows by WORDS vocabulary entries. It accumulates
 hidden @ weight.T over D in fp32, turns the sums into logits (bias, softcap, temperature), gives absent
 words -inf, and leaves per row the tile's maximum and its sum of exponentials; the logit of the row's own
 token is caught in the one tile that holds it. ``combine_kernel`` then ends the log-sum-exp over tiles.
 Logits stay in nats, so a row's logit and its maximum cancel exactly; only exp and log run in base 2.
 Every address is int64: A * V passes 2**31 at A = 16,744 for V = 128,256.
 
-Left out: the operations themselves, tile sizes (triton_blocks.py) and compilation without a GPU
-(triton_compile.py). fp32 operands are multiplied as fp32 (never tf32).
+Left out: the operations themselves, what reads stored logits (triton_stored.py), tile sizes (triton_blocks.py) and
+compilation without a GPU (triton_compile.py). Tiles multiply fp16 and bf16 only.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Maximum of a tile without words: finite, so that no difference of maxima is NaN.
 EMPTY_MAX = tl.constexpr(-1.0e30)
 IGNORED = tl.constexpr(IGNORE_INDEX)
+SMALLEST_ALPHA = tl.constexpr(2.0**-40)
+PITCH_WORDS = 64
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def add_dots(
         for start in range(0, dim, DIM):
             hidden_tile = hidden.load([row_start, start])
             weight_tile = weight.load([word_start, start])
-            sums = tl.dot(hidden_tile, weight_tile.T, sums, input_precision="ieee")
+            sums = tl.dot(hidden_tile, weight_tile.T, sums)
     else:
         rows = tl.minimum(row_start + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
         words = tl.minimum(word_start + tl.arange(0, WORDS), num_words - 1).to(tl.int64)
@@ -78,7 +80,7 @@ def add_dots(
             else:
                 hidden_tile = tl.load(hidden_at, mask=(columns < dim - start)[None, :], other=0.0)
                 weight_tile = tl.load(weight_at, mask=(columns < dim - start)[:, None], other=0.0)
-            sums = tl.dot(hidden_tile, weight_tile, sums, input_precision="ieee")
+            sums = tl.dot(hidden_tile, weight_tile, sums)
             hidden_at += DIM
             weight_at += DIM
     return sums
@@ -133,6 +135,42 @@ def store_label(labels, logits, token_ids, rows, row_mask, word_start, WORDS: tl
     inside = (column >= 0) & (column < WORDS)
     hit = tl.arange(0, WORDS)[None, :] == column[:, None]
     tl.store(labels + rows, tl.sum(tl.where(hit, logits, 0.0), axis=1), mask=inside & row_mask)
+
+
+@triton.jit
+def logit_gradient(
+    capped,  # [ROWS, WORDS] logits before the temperature
+    logprobs,  # [ROWS, WORDS]
+    present,  # [WORDS]
+    column,  # [ROWS] of the row's token, IGNORED where the row does not count
+    word_start,
+    row_grad,  # [ROWS] upstream gradient of the log-prob over the temperature
+    row_grad_entropy,  # [ROWS] likewise of the entropy, read with HAS_ENTROPY
+    row_entropy,  # [ROWS]
+    softcap,
+    WORDS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """(g (onehot - P) - e P (log P + H)) dz/d(raw z) in fp32; 0 in rows that do not count and in absent words."""
+    factor = tl.zeros_like(logprobs) - row_grad[:, None]
+    if HAS_ENTROPY:
+        factor -= row_grad_entropy[:, None] * (logprobs + row_entropy[:, None])
+    result = tl.where(present[None, :], tl.exp2(logprobs * LOG2_E) * factor, 0.0)
+    hit = tl.arange(0, WORDS)[None, :] == (column - word_start)[:, None]
+    result = tl.where(hit, result + row_grad[:, None], result)
+    if HAS_SOFTCAP:
+        slope = capped / softcap
+        result *= 1.0 - slope * slope
+    # A word that another rank holds has a negative id too, and a gradient.
+    return tl.where((column != IGNORED)[:, None], result, 0.0)
+
+
+@triton.jit
+def load_alpha(alphas, rows, row_mask, row_stride):
+    """A row's alpha for one sum of both heads' products, which is divided by it: its size is at least 2**-40."""
+    alpha = tl.load(alphas + rows.to(tl.int64) * row_stride, mask=row_mask, other=1.0)
+    return tl.where(tl.abs(alpha) < SMALLEST_ALPHA, SMALLEST_ALPHA, alpha)
 
 
 @triton.jit
@@ -253,10 +291,16 @@ def tile_source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | T
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], list(block))
 
 
+def pitch_of(num_words: int) -> int:
+    """Entries from one row to the next of a [rows, V] matrix whose rows start on a 128-byte line."""
+    return triton.cdiv(num_words, PITCH_WORDS) * PITCH_WORDS
+
+
 def rows_within(workspace_bytes: int, bytes_per_row: int, num_rows: int, block_rows: int) -> int:
-    """Rows per launch that the workspace allows, a multiple of the row block and at least one of them."""
-    rows = workspace_bytes // bytes_per_row // block_rows * block_rows
-    return min(max(rows, block_rows), num_rows)
+    """Rows of equal chunks that the workspace allows: whole row blocks, at least one of them, at most all rows."""
+    num_blocks = triton.cdiv(max(num_rows, 1), block_rows)
+    limit = max(workspace_bytes // bytes_per_row // block_rows, 1)
+    return min(triton.cdiv(num_blocks, triton.cdiv(num_blocks, limit)) * block_rows, max(num_rows, 1))
 
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1.0) -> None:

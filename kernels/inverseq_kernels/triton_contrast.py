@@ -1,7 +1,8 @@
-"""Kernels of the contrastive target: statistics of the mixed and of the plain logits of a tile, none of them stored.
+"""Kernels of the contrastive target: statistics of the mixed and of the plain logits of a tile, or of stored rows.
 
 contrast_kernel        one accumulator for both heads: one alpha a row, no softcap
 contrast_pair_kernel   two accumulators: a softcap, or several alphas
+contrast_rows_kernel   the same from stored logits of both heads
 
 Why the plain head comes first is explained in triton_contrastive.py, which launches them.
 """
@@ -11,11 +12,20 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from inverseq_kernels.triton_blocks import CONTRAST, CONTRAST_PAIR, Blocks, choose_blocks
-from inverseq_kernels.triton_common import add_dots, cap, load_bias, row_statistics, store_label, tile_position
-from inverseq_kernels.triton_compile import DTYPES, CompileCase, combine_case, compile_case
-
-SMALLEST_ALPHA = tl.constexpr(2.0**-40)
+from inverseq_kernels.triton_blocks import CONTRAST, CONTRAST_PAIR, Blocks, choose_blocks, choose_logit_blocks
+from inverseq_kernels.triton_common import (
+    EMPTY_MAX,
+    IGNORED,
+    add_dots,
+    cap,
+    load_alpha,
+    load_bias,
+    row_statistics,
+    store_label,
+    tile_position,
+)
+from inverseq_kernels.triton_compile import CompileCase, combine_case, compile_case
+from inverseq_kernels.triton_stored_rows import add_segment, load_capped, load_label
 
 
 @triton.jit
@@ -72,8 +82,7 @@ def contrast_kernel(
     sums = tl.where(present_l[None, :], sums * inverse_temperature, float("-inf"))
     _store_statistics(maxima, totals, sums, 1, rows, row_mask, num_rows, word_block, num_word_blocks)
     store_label(labels + tl.cast(num_rows, tl.int64), sums, token_ids, rows, row_mask, word_start, WORDS)
-    alpha = tl.load(alphas + rows.to(tl.int64) * alpha_row_stride, mask=row_mask, other=1.0)
-    alpha = tl.where(tl.abs(alpha) < SMALLEST_ALPHA, SMALLEST_ALPHA, alpha)
+    alpha = load_alpha(alphas, rows, row_mask, alpha_row_stride)
     sums = sums * ((1.0 - alpha) / (alpha * inverse_temperature))[:, None]
     sums = add_dots(
         sums, hidden_w, weight_w, row_start, word_start, num_rows, num_valid, dim_w, ROWS, WORDS, DIM, EVEN_DIM, TMA
@@ -159,35 +168,124 @@ def contrast_pair_kernel(
     store_label(labels + set_start * num_rows, plain, token_ids, rows, row_mask, word_start, WORDS)
 
 
+@triton.jit
+def contrast_rows_kernel(
+    better,  # [R, pitch] fp32 products of the better head
+    plain,  # [R, pitch] fp32 products of the plain head
+    bias_w,  # [pitch] fp32
+    bias_l,  # [pitch] fp32
+    token_ids,  # [R] int64
+    alphas,  # [K, R] or [K, 1] fp32
+    maxima,  # [K + 1, R] fp32 out: each alpha, then plain
+    totals,  # [K + 1, R] fp32 out
+    labels,  # [K + 1, R] fp32 out, unwritten where the token is no valid word
+    num_rows,
+    num_valid,
+    pitch,
+    num_alphas,
+    alpha_set_stride,
+    alpha_row_stride,
+    softcap,
+    inverse_temperature,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    HAS_BIAS_W: tl.constexpr,
+    HAS_BIAS_L: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Statistics of z_l and of the mixture under every alpha for whole rows, from one pass over both buffers.
+
+    What an alpha has so far is kept in ``maxima`` and ``totals``: there may be any number of them.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < num_rows
+    column = tl.load(token_ids + rows, mask=row_mask, other=IGNORED)
+    inside = (column >= 0) & (column < num_valid)
+    label_w, removed_w = load_label(better, bias_w, rows, column, inside, pitch, softcap, HAS_BIAS_W, HAS_SOFTCAP)
+    label_l, removed_l = load_label(plain, bias_l, rows, column, inside, pitch, softcap, HAS_BIAS_L, HAS_SOFTCAP)
+    label_w, label_l = label_w * inverse_temperature, label_l * inverse_temperature
+    running = tl.full([ROWS], EMPTY_MAX, dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, num_valid, SEGMENT):
+        z_w, present_w = load_capped(
+            better, bias_w, rows, row_mask, start, num_valid, pitch, softcap, SEGMENT, HAS_BIAS_W, HAS_SOFTCAP
+        )
+        z_l, present = load_capped(
+            plain, bias_l, rows, row_mask, start, num_valid, pitch, softcap, SEGMENT, HAS_BIAS_L, HAS_SOFTCAP
+        )
+        is_first = start == 0
+        z_w *= inverse_temperature
+        z_l = tl.where(present[None, :], z_l * inverse_temperature, float("-inf"))
+        running, total, _ = add_segment(running, total, total, z_l, False)
+        present = present & present_w
+        for one_set in range(0, num_alphas):
+            set_start = tl.zeros([], dtype=tl.int64) + one_set
+            at = alphas + set_start * alpha_set_stride + rows.to(tl.int64) * alpha_row_stride
+            alpha = tl.load(at, mask=row_mask, other=1.0)
+            mixed = alpha[:, None] * z_w + (1.0 - alpha)[:, None] * z_l
+            mixed = tl.where(present[None, :], mixed, float("-inf"))
+            # One thread stores what all warps read: every store is behind their loads, every load behind the store.
+            tl.debug_barrier()
+            at = set_start * num_rows + rows
+            before = tl.where(is_first, EMPTY_MAX, tl.load(maxima + at, mask=row_mask))
+            before_total = tl.where(is_first, 0.0, tl.load(totals + at, mask=row_mask))
+            new, new_total, _ = add_segment(before, before_total, before_total, mixed, False)
+            tl.debug_barrier()
+            tl.store(maxima + at, new, mask=row_mask)
+            tl.store(totals + at, new_total, mask=row_mask)
+            label = tl.where(removed_w | removed_l, float("-inf"), alpha * label_w + (1.0 - alpha) * label_l)
+            tl.store(labels + at, label, mask=inside & is_first)
+    last = (tl.zeros([], dtype=tl.int64) + num_alphas) * num_rows + rows
+    tl.store(labels + last, tl.where(removed_l, float("-inf"), label_l), mask=inside)
+    tl.store(maxima + last, running, mask=row_mask)
+    tl.store(totals + last, total, mask=row_mask)
+
+
 def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     """Every configuration that a launch on this capability can choose, with few and with all features."""
     cases = [
         combine_case("contrastive", write_lse=partial, has_moment=False, partial=partial) for partial in (False, True)
     ]
-    for dtype in dtypes:
+    for dtype in (name for name in dtypes if name != "fp32"):
         for op in (CONTRAST, CONTRAST_PAIR):
-            for aligned in (True, False):
-                blocks = choose_blocks(op, capability, DTYPES[dtype], aligned)
-                for full in (False, True):
-                    cases.append(_case(op, dtype, blocks, aligned=aligned, full=full))
-    return cases
+            cases += [_case(op, dtype, choose_blocks(op, capability), full=full) for full in (False, True)]
+    blocks = choose_logit_blocks(capability)
+    return cases + [_rows_case(blocks, full=full) for full in (False, True)]
 
 
-def _case(op: str, dtype: str, blocks: Blocks, *, aligned: bool, full: bool) -> CompileCase:
+def _rows_case(blocks: Blocks, *, full: bool) -> CompileCase:
+    """Stored logits with neither or all of biases and softcap."""
+    constexprs = {"ROWS": blocks.rows, "SEGMENT": blocks.words}
+    constexprs |= dict.fromkeys(("HAS_BIAS_W", "HAS_BIAS_L", "HAS_SOFTCAP"), full)
+    pointers = dict.fromkeys(("better", "plain", "alphas", "maxima", "totals", "labels"), "*fp32")
+    for name in ("bias_w", "bias_l"):
+        (pointers if full else constexprs)[name] = "*fp32" if full else None
+    return compile_case(
+        contrast_rows_kernel,
+        f"contrast_rows {'full' if full else 'plain'}",
+        pointers=pointers | {"token_ids": "*i64"},
+        floats=("softcap", "inverse_temperature"),
+        constexprs=constexprs,
+        blocks=blocks,
+        is_gemm=False,
+        divisible=("pitch",),
+    )
+
+
+def _case(op: str, dtype: str, blocks: Blocks, *, full: bool) -> CompileCase:
     """One kernel with neither or all of biases, softcap and a width that is no multiple of the block."""
-    tma = blocks.tma and aligned
     pointers = {name: "*fp32" for name in ("alphas", "maxima", "totals", "labels")}
     pointers["token_ids"] = "*i64"
     for head in "wl":
         for name, size in ((f"hidden_{head}", blocks.rows), (f"weight_{head}", blocks.words)):
-            pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if tma else f"*{dtype}"
+            pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if blocks.tma else f"*{dtype}"
     constexprs = {
         "ROWS": blocks.rows,
         "WORDS": blocks.words,
         "DIM": blocks.dim,
         "GROUP_ROWS": blocks.group_rows,
-        "EVEN_DIM": aligned and not full,
-        "TMA": tma,
+        "EVEN_DIM": not full,
+        "TMA": blocks.tma,
         "HAS_BIAS_W": full,
         "HAS_BIAS_L": full,
     }
@@ -202,15 +300,13 @@ def _case(op: str, dtype: str, blocks: Blocks, *, aligned: bool, full: bool) -> 
         kernel = contrast_pair_kernel
         constexprs["HAS_SOFTCAP"] = full
         floats = ("inverse_temperature", "softcap")
-    source = "tma" if tma else "aligned" if aligned else "unaligned"
-    name = f"{op} {dtype} {source} {'full' if full else 'plain'}"
     return compile_case(
         kernel,
-        name,
+        f"{op} {dtype} {'tma' if blocks.tma else 'pointers'} {'full' if full else 'plain'}",
         pointers=pointers,
         floats=floats,
         constexprs=constexprs,
         blocks=blocks,
-        is_gemm=dtype != "fp32",
-        divisible=("dim_w", "dim_l") if aligned else (),
+        is_gemm=True,
+        divisible=("dim_w", "dim_l"),
     )

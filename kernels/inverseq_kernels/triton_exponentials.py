@@ -1,4 +1,4 @@
-"""The GEMM of the squared log-ratio loss, which leaves exponentials; the row work on them is in triton_rows.py.
+"""The "tiles" GEMM of the squared log-ratio loss, which leaves exponentials; the row work on them is in triton_rows.py.
 
 For a chunk of R rows, z = hidden @ weight.T in fp32 (bias, softcap, temperature), and with 2**o a power of
 two per row and tile
@@ -11,7 +11,7 @@ two per row and tile
     S = 2**-o sum exp(z)
 
 S and the row's coefficient are divided out of hidden's rows and of the gradient's rows, never of the
-[R, V] matrix. bf16 and fp32 have exponents to spare: offsets are multiples of 128, so tiles whose maxima lie
+[R, V] matrix. bf16 has exponents to spare: offsets are multiples of 128, so tiles whose maxima lie
 within 44 nats of zero need no second pass. fp16 takes the tightest offset and passes over every tile.
 """
 
@@ -30,7 +30,7 @@ from inverseq_kernels.triton_common import (
     store_label,
     tile_position,
 )
-from inverseq_kernels.triton_compile import DTYPES, CompileCase, combine_case, compile_case
+from inverseq_kernels.triton_compile import CompileCase, combine_case, compile_case
 from inverseq_kernels.triton_rows import power_offset
 
 
@@ -103,31 +103,27 @@ def exponential_kernel(
 def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     """Every configuration that a launch on this capability can choose, with few and with all features."""
     cases = [combine_case("loss", write_lse=True, has_moment=False)]
-    for dtype in dtypes:
-        for aligned in (True, False):
-            for bias, softcap in ((False, False), (True, False), (True, True)):
-                cases.append(_exponential_case(capability, dtype, aligned=aligned, bias=bias, softcap=softcap))
-        for bias in (False, True) if dtype != "fp32" else ():
-            cases.append(_exponential_case(capability, dtype, aligned=True, bias=bias, softcap=False, dim=SHORT_DIM))
+    for dtype in (name for name in dtypes if name != "fp32"):
+        for bias, softcap in ((False, False), (True, False), (True, True)):
+            cases.append(_exponential_case(capability, dtype, bias=bias, softcap=softcap))
+        for bias in (False, True):
+            cases.append(_exponential_case(capability, dtype, bias=bias, softcap=False, dim=SHORT_DIM))
     return cases
 
 
-def _exponential_case(
-    capability: int, dtype: str, *, aligned: bool, bias: bool, softcap: bool, dim: int = 4096
-) -> CompileCase:
-    blocks = choose_loss_blocks(capability, DTYPES[dtype], aligned, softcap, dim)
-    tma = blocks.tma and aligned
+def _exponential_case(capability: int, dtype: str, *, bias: bool, softcap: bool, dim: int = 4096) -> CompileCase:
+    blocks = choose_loss_blocks(capability, softcap, dim)
     pointers = {name: "*fp32" for name in ("maxima", "totals", "labels")}
     pointers |= {"token_ids": "*i64", "exponentials": f"*{dtype}"}
     for name, size in (("hidden", blocks.rows), ("weight", blocks.words)):
-        pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if tma else f"*{dtype}"
+        pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if blocks.tma else f"*{dtype}"
     constexprs = {
         "ROWS": blocks.rows,
         "WORDS": blocks.words,
         "DIM": blocks.dim,
         "GROUP_ROWS": blocks.group_rows,
-        "EVEN_DIM": aligned and not bias,
-        "TMA": tma,
+        "EVEN_DIM": not bias,
+        "TMA": blocks.tma,
         "HAS_BIAS": bias,
         "HAS_SOFTCAP": softcap,
         "TIGHT": dtype == "fp16",
@@ -136,15 +132,14 @@ def _exponential_case(
         pointers["bias"] = f"*{dtype}"
     else:
         constexprs["bias"] = None
-    source = "tma" if tma else "aligned" if aligned else "unaligned"
     return compile_case(
         exponential_kernel,
-        f"exponential {dtype} {source}{' ragged bias' if bias else ''}{' softcap' if softcap else ''}"
-        f"{' short' if dim <= SHORT_DIM else ''}",
+        f"exponential {dtype} {'tma' if blocks.tma else 'pointers'}{' ragged bias' if bias else ''}"
+        f"{' softcap' if softcap else ''}{' short' if dim <= SHORT_DIM else ''}",
         pointers=pointers,
         floats=("softcap", "temperature", "inverse_temperature"),
         constexprs=constexprs,
         blocks=blocks,
-        is_gemm=dtype != "fp32",
-        divisible=("pitch", "dim") if aligned else ("pitch",),
+        is_gemm=True,
+        divisible=("pitch", "dim"),
     )

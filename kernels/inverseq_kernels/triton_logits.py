@@ -26,16 +26,12 @@ from inverseq_kernels.triton_common import (
     add_dots,
     cap,
     load_bias,
+    logit_gradient,
     row_statistics,
     store_label,
     tile_position,
 )
-from inverseq_kernels.triton_compile import (
-    DTYPES,
-    CompileCase,
-    combine_case,
-    compile_case,
-)
+from inverseq_kernels.triton_compile import CompileCase, combine_case, compile_case
 
 
 @triton.jit
@@ -134,22 +130,27 @@ def gradient_kernel(
     sums = cap(sums, softcap, HAS_SOFTCAP)
     row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
     row_grad = tl.load(grad_logprobs + rows, mask=row_mask, other=0.0) * inverse_temperature
-    column = tl.load(token_ids + rows, mask=row_mask, other=IGNORED).to(tl.int32)
-    words = tl.arange(0, WORDS)
-    logprobs = sums * inverse_temperature - row_lse[:, None]
-    factor = tl.zeros([ROWS, WORDS], dtype=tl.float32) - row_grad[:, None]
+    row_grad_entropy, row_entropy = row_grad, row_grad
     if HAS_ENTROPY:
         row_entropy = tl.load(entropy + rows, mask=row_mask, other=0.0)
         row_grad_entropy = tl.load(grad_entropy + rows, mask=row_mask, other=0.0) * inverse_temperature
-        factor -= row_grad_entropy[:, None] * (logprobs + row_entropy[:, None])
-    result = tl.where(present[None, :], tl.exp2(logprobs * LOG2_E) * factor, 0.0)
-    hit = words[None, :] == (column - word_start)[:, None]
-    result = tl.where(hit, result + row_grad[:, None], result)
-    if HAS_SOFTCAP:
-        capped = sums / softcap
-        result *= 1.0 - capped * capped
-    # A word that another rank holds has a negative id too, and a gradient.
-    result = tl.where((column != IGNORED)[:, None], result, 0.0)
+    column = tl.load(token_ids + rows, mask=row_mask, other=IGNORED).to(tl.int32)
+    logprobs = sums * inverse_temperature - row_lse[:, None]
+    result = logit_gradient(
+        sums,
+        logprobs,
+        present,
+        column,
+        word_start,
+        row_grad,
+        row_grad_entropy,
+        row_entropy,
+        softcap,
+        WORDS,
+        HAS_SOFTCAP,
+        HAS_ENTROPY,
+    )
+    words = tl.arange(0, WORDS)
     at = rows.to(tl.int64)[:, None] * pitch + (word_start + words)[None, :]
     # The pitch is a multiple of 64 and num_valid is not: 16-byte stores need a mask that is alike in 8 words.
     inside = row_mask[:, None] & (word_start + words < pitch)[None, :]
@@ -163,20 +164,15 @@ def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
         for entropy in (False, True)
         for partial in (False, True)
     ]
-    for dtype in dtypes:
-        for aligned in (True, False):
-            for op in (STATISTICS, GRADIENT):
-                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned))
-                cases.append(_case(op, dtype, capability, aligned=aligned, bias=True))
-                if aligned and dtype != "fp32":
-                    cases.append(_case(op, dtype, capability, aligned=True, even=True, dim=SHORT_DIM))
-                    cases.append(_case(op, dtype, capability, aligned=True, bias=True, dim=SHORT_DIM))
-            for op in (STATISTICS_RICH, GRADIENT_RICH):
-                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, softcap=True))
-                cases.append(_case(op, dtype, capability, aligned=aligned, even=aligned, entropy=True))
-                cases.append(
-                    _case(op, dtype, capability, aligned=aligned, bias=True, softcap=True, entropy=True)
-                )
+    for dtype in (name for name in dtypes if name != "fp32"):
+        for op in (STATISTICS, GRADIENT):
+            for dim in (4096, SHORT_DIM):
+                cases.append(_case(op, dtype, capability, even=True, dim=dim))
+                cases.append(_case(op, dtype, capability, bias=True, dim=dim))
+        for op in (STATISTICS_RICH, GRADIENT_RICH):
+            cases.append(_case(op, dtype, capability, even=True, softcap=True))
+            cases.append(_case(op, dtype, capability, even=True, entropy=True))
+            cases.append(_case(op, dtype, capability, bias=True, softcap=True, entropy=True))
     return cases
 
 
@@ -185,7 +181,6 @@ def _case(
     dtype: str,
     capability: int,
     *,
-    aligned: bool,
     even: bool = False,
     bias: bool = False,
     softcap: bool = False,
@@ -193,8 +188,7 @@ def _case(
     dim: int = 4096,
 ) -> CompileCase:
     """One kernel with a choice of features; ``even``: the width is a multiple of the block."""
-    blocks = choose_blocks(op, capability, DTYPES[dtype], aligned, dim)
-    tma = blocks.tma and aligned
+    blocks = choose_blocks(op, capability, dim)
     if op in (STATISTICS, STATISTICS_RICH):
         kernel, flag, optional = statistics_kernel, "HAS_MOMENT", ("moments",)
         pointers = {name: "*fp32" for name in ("maxima", "totals", "labels")}
@@ -203,14 +197,14 @@ def _case(
         pointers = {"lse": "*fp32", "grad_logprobs": "*fp32", "gradient": f"*{dtype}"}
     pointers["token_ids"] = "*i64"
     for name, size in (("hidden", blocks.rows), ("weight", blocks.words)):
-        pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if tma else f"*{dtype}"
+        pointers[name] = f"tensordesc<{dtype}[{size}, {blocks.dim}]>" if blocks.tma else f"*{dtype}"
     constexprs = {
         "ROWS": blocks.rows,
         "WORDS": blocks.words,
         "DIM": blocks.dim,
         "GROUP_ROWS": blocks.group_rows,
         "EVEN_DIM": even,
-        "TMA": tma,
+        "TMA": blocks.tma,
         "HAS_BIAS": bias,
         "HAS_SOFTCAP": softcap,
         flag: entropy,
@@ -222,14 +216,13 @@ def _case(
             constexprs[name] = None
     wanted = {"bias": bias, "softcap": softcap, "entropy": entropy, "ragged": not even, "short": dim <= SHORT_DIM}
     features = "".join(f" {name}" for name, value in wanted.items() if value)
-    source = "tma" if tma else "aligned" if aligned else "unaligned"
     return compile_case(
         kernel,
-        f"{op} {dtype} {source}{features}",
+        f"{op} {dtype} {'tma' if blocks.tma else 'pointers'}{features}",
         pointers=pointers,
         floats=("softcap", "inverse_temperature"),
         constexprs=constexprs,
         blocks=blocks,
-        is_gemm=dtype != "fp32",
-        divisible=(("dim",) if aligned else ()) + (("pitch",) if kernel is gradient_kernel else ()),
+        is_gemm=True,
+        divisible=("dim", "pitch") if kernel is gradient_kernel else ("dim",),
     )

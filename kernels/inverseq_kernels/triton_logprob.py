@@ -1,19 +1,22 @@
 """log softmax(z)[y] and its gradients in Triton and cuBLAS, z = hidden @ weight.T + bias in fp32.
 
-Forward: one GEMM without stored logits; every tile leaves its maxima, sums and, for the entropy,
-sum exp(z - max) (z - max). Backward, any upstream gradients g of log p_y and e of the entropy H, by chunks of
-rows that fit the workspace:
+Forward: one GEMM, without stored logits in the "tiles" structure, and what is left of every tile, or of every row
+with "logits": maximum, sum and, for the entropy, sum exp(z - max) (z - max). Backward, any upstream gradients g of
+log p_y and e of the entropy H, by chunks of rows that fit the workspace:
 
-    G = (g (onehot - P) - e P (log P + H)) dz/d(raw z)     GEMM 1 again, its epilogue makes G in fp32 from
-                                                           fp32 logits and rounds it once, to hidden's dtype
+    G = (g (onehot - P) - e P (log P + H)) dz/d(raw z)     GEMM 1 again; its epilogue, or a kernel on the stored
+                                                           logits, makes G in fp32 and rounds it once
     hidden's gradient = G @ weight                         GEMM 2 (cuBLAS)
     weight += G.T @ hidden                                 GEMM 3 (cuBLAS), fp32 sum in chunk order, no atomics
 
 fp16 gradients are scaled by a power of two near 1 / max(|g|, |e|) before G is rounded and scaled back at the end:
 G of a mean over thousands of tokens would sink below fp16's range.
 
-Left out: argument checks, the custom operations and autograd (logprob.py); kernels are in triton_logits.py.
+Left out: argument checks, the custom operations and autograd (logprob.py); kernels are in triton_logits.py and
+triton_stored_rows.py.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,15 +24,17 @@ import triton
 from torch import Tensor
 
 from inverseq_kernels.checks import IGNORE_INDEX
-from inverseq_kernels.torch_head import OnlineLogSumExp, end_logsumexp
+from inverseq_kernels.torch_head import HeadSettings, OnlineLogSumExp, end_logsumexp
 from inverseq_kernels.triton_blocks import (
     GRADIENT,
     GRADIENT_RICH,
     STATISTICS,
     STATISTICS_RICH,
+    TILES,
     Blocks,
     capability_of,
     choose_blocks,
+    choose_structure,
     is_aligned,
 )
 from inverseq_kernels.triton_common import (
@@ -37,13 +42,13 @@ from inverseq_kernels.triton_common import (
     in_dtype_of,
     matmul_into,
     on_device,
+    pitch_of,
     rows_within,
     tile_source,
 )
 from inverseq_kernels.triton_logits import gradient_kernel, statistics_kernel
+from inverseq_kernels.triton_stored import StoredLogits, padded_bias, stored_rows
 
-# The matrix of logit gradients starts every row on a 128-byte line.
-PITCH_WORDS = 64
 # fp16 gradients are brought to at most 2**-4, which leaves room for sums over rows.
 HALF_TOP_EXPONENT = -4
 
@@ -59,11 +64,13 @@ def logprob_forward(
     num_valid_vocab: int,
     want_entropy: bool,
     workspace_bytes: int,
+    structure: str | None = None,
     blocks: Blocks | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [A], log-sum-exp [A], entropy [A] (or [0]), fp32. ``blocks`` replaces the chooser's choice.
+    """Log-probs [A], log-sum-exp [A], entropy [A] (or [0]), fp32.
 
+    ``structure`` and ``blocks`` replace the choosers' choices.
     With ``group`` the weight is this rank's part of the vocabulary and the results are the whole one's.
     """
     num_rows = hidden.shape[0]
@@ -75,14 +82,13 @@ def logprob_forward(
         state = OnlineLogSumExp(hidden.new_empty(0, dtype=torch.float32), num_rows, want_entropy)
         outputs, labels = (state.maximum, state.sum, state.moment), state.maximum.new_zeros(num_rows)
     weight, bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
-    if blocks is None:
-        op = STATISTICS_RICH if want_entropy or softcap is not None else STATISTICS
-        aligned = is_aligned(hidden, weight)
-        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, aligned, hidden.shape[1])
+    if structure is None:
+        structure = choose_structure(capability_of(hidden), hidden.dtype, is_aligned(hidden, weight))
+    settings = HeadSettings(softcap, temperature, num_valid_vocab)
     if num_rows > 0 and num_valid_vocab > 0:
         with on_device(hidden):
             head = (hidden, weight, bias)
-            _write_statistics(head, token_ids, labels, outputs, softcap, temperature, workspace_bytes, blocks)
+            _write_statistics(head, token_ids, labels, outputs, settings, workspace_bytes, structure, blocks)
     return (logprobs, lse, entropy) if group is None else end_logsumexp(state, labels, token_ids, group)
 
 
@@ -91,42 +97,42 @@ def _write_statistics(
     token_ids: Tensor,  # [A]
     all_labels: Tensor | None,  # [A] out, given where the statistics are combined with other ranks'
     outputs: tuple[Tensor, Tensor, Tensor | None],  # log-probs, log-sum-exp, entropy; or maxima, sums, moments
-    softcap: float | None,
-    temperature: float,
+    settings: HeadSettings,
     workspace_bytes: int,
-    blocks: Blocks,
+    structure: str,
+    blocks: Blocks | None,
 ) -> None:
-    """Run the GEMM over row chunks whose statistics fit the workspace, and end or combine their log-sum-exps."""
+    """Run the GEMM over row chunks that fit the workspace, and end or combine their log-sum-exps."""
     hidden, weight, bias = head
-    num_rows, num_tiles = hidden.shape[0], triton.cdiv(weight.shape[0], blocks.words)
+    (num_rows, dim), num_words, stored = hidden.shape, weight.shape[0], None
     parts = 2 if outputs[2] is None else 3
-    chunk = rows_within(workspace_bytes, 4 * parts * num_tiles + 4, num_rows, blocks.rows)
+    if structure == TILES:
+        if blocks is None:
+            op = STATISTICS_RICH if parts == 3 or settings.softcap is not None else STATISTICS
+            blocks = choose_blocks(op, capability_of(hidden), dim)
+        num_tiles = triton.cdiv(num_words, blocks.words)
+        chunk = rows_within(workspace_bytes, 4 * parts * num_tiles + 4, num_rows, blocks.rows)
+    else:
+        num_tiles = 1
+        chunk = stored_rows(workspace_bytes, 4 * (pitch_of(num_words) + parts + 1), num_rows)
+        stored = StoredLogits(hidden, settings, chunk, blocks)
+        bias = padded_bias(bias, num_words)
     statistics = hidden.new_empty(parts * num_tiles * chunk, dtype=torch.float32)
     chunk_labels = hidden.new_empty(chunk, dtype=torch.float32) if all_labels is None else None
     for first in range(0, num_rows, chunk):
         rows = slice(first, min(first + chunk, num_rows))
         size = rows.stop - first
         maxima, totals, *moments = statistics[: parts * num_tiles * size].view(parts, 1, num_tiles, size)
-        moments = moments[0] if moments else None
         labels = chunk_labels[:size] if all_labels is None else all_labels[rows]
-        grid, arguments, constants = _tiles(hidden[rows], weight, bias, blocks, softcap)
-        statistics_kernel[grid](
-            *arguments,
-            token_ids[rows],
-            maxima,
-            totals,
-            moments,
-            labels,
-            size,
-            *weight.shape,
-            1.0 if softcap is None else softcap,
-            1.0 / temperature,
-            HAS_MOMENT=moments is not None,
-            **constants,
-        )
+        written = (maxima, totals, moments[0] if moments else None, labels)
+        if stored is None:
+            _tile_statistics((hidden[rows], weight, bias), token_ids[rows], written, settings, blocks)
+        else:
+            stored.write(hidden[rows], weight)
+            stored.write_statistics(bias, token_ids[rows], written)
         logprobs, lse, entropy = (None if output is None else output[rows] for output in outputs)
         combine(
-            *(maxima, totals, moments, labels[None]),
+            *(*written[:3], labels[None]),
             token_ids[rows],
             logprobs[None],
             ignore_index=IGNORE_INDEX,
@@ -136,26 +142,47 @@ def _write_statistics(
         )
 
 
+def _tile_statistics(
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden [R, D], weight and bias of the valid words
+    token_ids: Tensor,  # [R]
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor],  # maxima, totals, moments, labels
+    settings: HeadSettings,
+    blocks: Blocks,
+) -> None:
+    """Launch ``statistics_kernel`` over all tiles."""
+    hidden, weight, bias = head
+    grid, arguments, constants = _tiles(hidden, weight, bias, blocks, settings.softcap)
+    statistics_kernel[grid](
+        *arguments,
+        token_ids,
+        *outputs,
+        hidden.shape[0],
+        *weight.shape,
+        1.0 if settings.softcap is None else settings.softcap,
+        1.0 / settings.temperature,
+        HAS_MOMENT=outputs[2] is not None,
+        **constants,
+    )
+
+
 def _tiles(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks, softcap: float | None
 ) -> tuple[tuple[int], tuple, dict]:
     """Grid, first arguments and constants of a kernel over all tiles of [R, D] rows and [V, D] valid words."""
-    aligned = is_aligned(hidden, weight)
-    tma = blocks.tma and aligned
     constants = {
         "ROWS": blocks.rows,
         "WORDS": blocks.words,
         "DIM": blocks.dim,
         "GROUP_ROWS": blocks.group_rows,
-        "EVEN_DIM": aligned and hidden.shape[1] % blocks.dim == 0,
-        "TMA": tma,
+        "EVEN_DIM": hidden.shape[1] % blocks.dim == 0,
+        "TMA": blocks.tma,
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap is not None,
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
-    hidden_source = tile_source(hidden, (blocks.rows, blocks.dim), tma)
-    weight_source = tile_source(weight, (blocks.words, blocks.dim), tma)
+    hidden_source = tile_source(hidden, (blocks.rows, blocks.dim), blocks.tma)
+    weight_source = tile_source(weight, (blocks.words, blocks.dim), blocks.tma)
     grid = (triton.cdiv(hidden.shape[0], blocks.rows) * triton.cdiv(weight.shape[0], blocks.words),)
     return grid, (hidden_source, weight_source, bias), constants
 
@@ -175,51 +202,70 @@ def logprob_backward(
     num_valid_vocab: int,
     needs: tuple[bool, bool, bool],
     workspace_bytes: int,
+    structure: str | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, as they were summed; None where ``needs`` is False."""
-    num_rows = hidden.shape[0]
+    (num_rows, dim), stored = hidden.shape, None
     valid, read_bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
-    if blocks is None:
-        op = GRADIENT_RICH if grad_entropy is not None or softcap is not None else GRADIENT
-        aligned = is_aligned(hidden, valid)
-        blocks = choose_blocks(op, capability_of(hidden), hidden.dtype, aligned, hidden.shape[1])
-    pitch = triton.cdiv(num_valid_vocab, PITCH_WORDS) * PITCH_WORDS
-    chunk = _chunk_rows(hidden, pitch, needs[1], workspace_bytes, blocks)
+    if structure is None:
+        structure = choose_structure(capability_of(hidden), hidden.dtype, is_aligned(hidden, valid))
+    settings = HeadSettings(softcap, temperature, num_valid_vocab)
+    row_bytes = 16 + (dim * hidden.element_size() if needs[1] else 0)  # with the copy of hidden for the weight
+    pitch = pitch_of(num_valid_vocab)
+    if structure == TILES:
+        if blocks is None:
+            op = GRADIENT_RICH if grad_entropy is not None or softcap is not None else GRADIENT
+            blocks = choose_blocks(op, capability_of(hidden), dim)
+        row_bytes += pitch * hidden.element_size()
+        chunk = rows_within(workspace_bytes, row_bytes, num_rows, blocks.rows)
+        matrix = hidden.new_empty((chunk, pitch))
+    else:
+        chunk = stored_rows(workspace_bytes, row_bytes + 4 * pitch, num_rows)
+        stored = StoredLogits(hidden, settings, chunk, blocks)
+        read_bias = padded_bias(read_bias, num_valid_vocab)
     grads, undo_scale = _scaled_gradients(grad_logprobs, grad_entropy, token_ids, hidden.dtype)
+    vectors = (lse, grads[0], *((None, None) if grad_entropy is None else (grads[1], entropy)))
     sums = _GradientSums((hidden, weight, bias), valid, needs, chunk, undo_scale)
-    matrix = hidden.new_empty((chunk, pitch))
     with on_device(hidden):
         for first in range(0, num_rows, chunk):
             rows = slice(first, min(first + chunk, num_rows))
-            grid, arguments, constants = _tiles(hidden[rows], valid, read_bias, blocks, softcap)
-            gradient_kernel[grid](
-                *arguments,
-                token_ids[rows],
-                lse[rows],
-                grads[0][rows],
-                None if grad_entropy is None else grads[1][rows],
-                None if grad_entropy is None else entropy[rows],
-                matrix,
-                rows.stop - first,
-                *valid.shape,
-                pitch,
-                1.0 if softcap is None else softcap,
-                1.0 / temperature,
-                HAS_ENTROPY=grad_entropy is not None,
-                **constants,
-            )
-            sums.add(matrix[: rows.stop - first, :num_valid_vocab], token_ids[rows], rows)
+            values = [None if vector is None else vector[rows] for vector in vectors]
+            if stored is None:
+                head = (hidden[rows], valid, read_bias)
+                gradient = _tile_gradient(head, token_ids[rows], values, matrix, settings, blocks)
+            else:
+                stored.write(hidden[rows], valid)
+                gradient = stored.write_gradient(read_bias, token_ids[rows], values, hidden.dtype)
+            sums.add(gradient, token_ids[rows], rows)
         return sums.finish()
 
 
-def _chunk_rows(hidden: Tensor, pitch: int, needs_weight: bool, workspace_bytes: int, blocks: Blocks) -> int:
-    """Rows of equal chunks whose logit gradients, and copied hidden rows for the weight, fit the workspace."""
-    num_rows, dim = hidden.shape
-    bytes_per_row = hidden.element_size() * (pitch + (dim if needs_weight else 0)) + 16
-    limit = max(workspace_bytes // bytes_per_row // blocks.rows, 1)
-    num_blocks = triton.cdiv(max(num_rows, 1), blocks.rows)
-    return min(triton.cdiv(num_blocks, triton.cdiv(num_blocks, limit)) * blocks.rows, max(num_rows, 1))
+def _tile_gradient(
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden [R, D], weight and bias of the valid words
+    token_ids: Tensor,  # [R]
+    vectors: Sequence[Tensor | None],  # lse, gradients of log-probs and entropy, entropy
+    matrix: Tensor,  # [chunk, pitch] out
+    settings: HeadSettings,
+    blocks: Blocks,
+) -> Tensor:
+    """Launch ``gradient_kernel`` over all tiles; the logit gradients [R, V]."""
+    hidden, weight, bias = head
+    grid, arguments, constants = _tiles(hidden, weight, bias, blocks, settings.softcap)
+    gradient_kernel[grid](
+        *arguments,
+        token_ids,
+        *vectors,
+        matrix,
+        hidden.shape[0],
+        *weight.shape,
+        matrix.stride(0),
+        1.0 if settings.softcap is None else settings.softcap,
+        1.0 / settings.temperature,
+        HAS_ENTROPY=vectors[2] is not None,
+        **constants,
+    )
+    return matrix[: hidden.shape[0], : weight.shape[0]]
 
 
 def _scaled_gradients(

@@ -1,11 +1,19 @@
 """The squared log-ratio loss in Triton and cuBLAS: three GEMMs, gradients made in the forward.
 
 L = sum_a m_a (t_a - l_a)^2 / denominator with l_a = log softmax(z_a)[y_a], hence
-dL/dz = 2 m (l - t) (onehot - P) / denominator. By chunks of rows that fit the workspace:
+dL/dz = 2 m (l - t) (onehot - P) / denominator. By chunks of rows that fit the workspace, in the "tiles" structure
 
     exponential_kernel      GEMM 1; exponentials in hidden's dtype, fp32 maxima, sums and label logits
     combine, row factors    log-sum-exp, log-probs, and the row's coefficient, all fp32
     logit_gradient_kernel   G = S (P - onehot) in place; in most rows this writes the token's entry only
+
+or in the "logits" structure
+
+    GEMM 1 (cuBLAS)         logits in fp32
+    loss_rows_kernel        log-sum-exp, log-probs, coefficient, and G = coefficient (onehot - P) in place
+
+and then in either
+
     weight += G.T @ (factor * hidden)         GEMM 2 (cuBLAS), fp32 sum over chunks in order, no atomics
     hidden's gradient = factor * (G @ weight) GEMM 3 (cuBLAS), scaled in place
 
@@ -15,7 +23,7 @@ operation does the work. fp16 makes the weight's gradient divided by the largest
 two), so that small weights do not sink below its range, and multiplies its fp32 sum back at the end.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,9 +32,11 @@ from torch import Tensor
 from inverseq_kernels.checks import IGNORE_INDEX
 from inverseq_kernels.torch_head import HeadSettings
 from inverseq_kernels.triton_blocks import (
+    TILES,
     Blocks,
     capability_of,
     choose_loss_blocks,
+    choose_structure,
     is_aligned,
 )
 from inverseq_kernels.triton_common import (
@@ -34,6 +44,8 @@ from inverseq_kernels.triton_common import (
     in_dtype_of,
     matmul_into,
     on_device,
+    pitch_of,
+    rows_within,
     tile_source,
 )
 from inverseq_kernels.triton_exponentials import (
@@ -47,40 +59,18 @@ from inverseq_kernels.triton_rows import (
     row_factor_kernel,
     scale_rows_kernel,
 )
+from inverseq_kernels.triton_stored import StoredLogits, padded_bias, stored_rows
 
-# The matrix of exponentials starts every row on a 128-byte line.
-PITCH_WORDS = 64
 # fp16 exponentials carry a factor 2**15, which the GEMMs take out again.
 HALF_UNIT = 2.0**-15
 
 
-@dataclass(frozen=True)
-class ChunkPlan:
-    """How one call cuts its rows, and the pitch of its [rows, V] matrix."""
-
-    rows: int
-    num_chunks: int
-    pitch: int
-    num_tiles: int
-
-
-def plan_chunks(
-    num_rows: int,
-    num_words: int,
-    row_bytes: int,
-    dtype: torch.dtype,
-    blocks: Blocks,
-    workspace_bytes: int,
-) -> ChunkPlan:
-    """Equal chunks, whole row blocks each, whose temporaries fit the workspace; ``row_bytes`` come on top."""
-    pitch = triton.cdiv(num_words, PITCH_WORDS) * PITCH_WORDS
-    num_tiles = triton.cdiv(num_words, blocks.words)
-    bytes_per_row = pitch * dtype.itemsize + 8 * num_tiles + 24 + row_bytes
-    limit = max(workspace_bytes // bytes_per_row // blocks.rows, 1)  # row blocks of a chunk
-    num_blocks = max(triton.cdiv(num_rows, blocks.rows), 1)
-    num_chunks = triton.cdiv(num_blocks, limit)
-    rows = triton.cdiv(num_blocks, num_chunks) * blocks.rows
-    return ChunkPlan(rows, max(triton.cdiv(num_rows, rows), 1), pitch, num_tiles)
+def tile_rows(
+    num_rows: int, num_words: int, row_bytes: int, dtype: torch.dtype, blocks: Blocks, workspace_bytes: int
+) -> int:
+    """Rows of equal chunks, whole row blocks each, whose temporaries fit the workspace; ``row_bytes`` come on top."""
+    row_bytes += pitch_of(num_words) * dtype.itemsize + 8 * triton.cdiv(num_words, blocks.words) + 24
+    return rows_within(workspace_bytes, row_bytes, num_rows, blocks.rows)
 
 
 def squared_log_ratio_forward(
@@ -97,12 +87,13 @@ def squared_log_ratio_forward(
     num_valid_vocab: int,
     needs: tuple[bool, bool, bool],
     workspace_bytes: int,
+    structure: str | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Loss, log-probs [A] and, where needed, gradients of hidden, weight and bias for upstream gradient 1.
 
-    Gradients of an fp32 weight and bias, and sums that fp16 may not hold, are fp32. ``blocks`` replaces the
-    chooser's tile sizes.
+    Gradients of an fp32 weight and bias, and sums that fp16 may not hold, are fp32. ``structure`` and ``blocks``
+    replace the choosers' choices.
     """
     if not any(needs):
         logprobs, _, _ = logprob_forward(
@@ -115,22 +106,23 @@ def squared_log_ratio_forward(
             num_valid_vocab=num_valid_vocab,
             want_entropy=False,
             workspace_bytes=workspace_bytes,
+            structure=structure,
         )
         return _loss(logprobs, targets, row_weights) / denominator, logprobs, None, None, None
-    valid, read_bias = in_dtype_of(hidden, weight[:num_valid_vocab], bias)
-    if blocks is None:
-        aligned = is_aligned(hidden, valid)
-        blocks = choose_loss_blocks(capability_of(hidden), hidden.dtype, aligned, softcap is not None, hidden.shape[1])
-    row_bytes = hidden.shape[1] * hidden.element_size() if needs[1] and not needs[0] else 0
-    plan = plan_chunks(hidden.shape[0], num_valid_vocab, row_bytes, hidden.dtype, blocks, workspace_bytes)
-    logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    head = in_dtype_of(hidden, hidden, weight[:num_valid_vocab], bias)
     settings = HeadSettings(softcap, temperature, num_valid_vocab)
+    if structure is None:
+        structure = choose_structure(capability_of(hidden), hidden.dtype, is_aligned(*head[:2]))
+    row_bytes = hidden.shape[1] * hidden.element_size() if needs[1] and not needs[0] else 0
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     scales = _coefficient_scales(row_weights, denominator, hidden.dtype)
     with on_device(hidden):
-        chunks = _Chunks(hidden, valid, read_bias, settings, blocks, plan)
-        sums = _GradientSums((hidden, weight, bias), valid, needs, plan)
-        for first in range(0, hidden.shape[0], plan.rows):
-            rows = slice(first, min(first + plan.rows, hidden.shape[0]))
+        chunks = (_TileChunks if structure == TILES else _LogitChunks)(
+            head, settings, row_bytes, workspace_bytes, blocks
+        )
+        sums = _GradientSums((hidden, weight, bias), head[1], needs, chunks.num_rows)
+        for first in range(0, hidden.shape[0], chunks.num_rows):
+            rows = slice(first, min(first + chunks.num_rows, hidden.shape[0]))
             gradient, factors = chunks.logit_gradient(
                 rows, token_ids[rows], targets[rows], row_weights[rows], scales, logprobs[rows]
             )
@@ -157,25 +149,68 @@ def _coefficient_scales(row_weights: Tensor, denominator: Tensor, dtype: torch.d
     return 1.0 / power, power / denominator
 
 
-class _Chunks:
-    """The [rows, V] matrix and row values of one chunk; reused by all chunks of a call."""
+class _LogitChunks:
+    """The fp32 logits and row values of one chunk; reused by all chunks of a call."""
 
     def __init__(
         self,
-        hidden: Tensor,  # [A, D]
-        weight: Tensor,  # [V, D], valid words only
-        bias: Tensor | None,
+        head: Sequence[Tensor | None],  # hidden [A, D], weight and bias of the valid words
         settings: HeadSettings,
-        blocks: Blocks,
-        plan: ChunkPlan,
+        row_bytes: int,
+        workspace_bytes: int,
+        blocks: Blocks | None,
     ):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.settings, self.blocks, self.plan = settings, blocks, plan
-        self.row_blocks = choose_row_blocks(capability_of(hidden))
+        self.hidden, self.weight, bias = head
+        self.bias = padded_bias(bias, settings.num_valid_vocab)
+        row_bytes += 4 * pitch_of(settings.num_valid_vocab) + 24
+        self.num_rows = stored_rows(workspace_bytes, row_bytes, self.hidden.shape[0])
+        self.stored = StoredLogits(self.hidden, settings, self.num_rows, blocks)
+        self.factors = self.hidden.new_empty((2, self.num_rows), dtype=torch.float32)
+
+    def logit_gradient(
+        self,
+        rows: slice,
+        token_ids: Tensor,  # [R]
+        targets: Tensor,  # [R]
+        row_weights: Tensor,  # [R]
+        scales: tuple[Tensor, Tensor],
+        logprobs: Tensor,  # [R] out
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Write the chunk's log-probs; return G [R, V] and the factors [R] of hidden's rows and of G @ weight."""
+        weight_factors, hidden_factors = self.factors[:, : token_ids.shape[0]]
+        self.stored.write(self.hidden[rows], self.weight)
+        gradient = self.stored.write_loss_gradient(
+            self.bias,
+            token_ids,
+            (targets, row_weights, *scales),
+            (logprobs, weight_factors, hidden_factors),
+            self.hidden.dtype,
+        )
+        return gradient, (weight_factors, hidden_factors)
+
+
+class _TileChunks:
+    """The [rows, V] matrix of exponentials and row values of one chunk; reused by all chunks of a call."""
+
+    def __init__(
+        self,
+        head: Sequence[Tensor | None],  # hidden [A, D], weight and bias of the valid words
+        settings: HeadSettings,
+        row_bytes: int,
+        workspace_bytes: int,
+        blocks: Blocks | None,
+    ):
+        self.hidden, self.weight, self.bias = hidden, weight, _ = head
+        capability, num_words = capability_of(hidden), weight.shape[0]
+        if blocks is None:
+            blocks = choose_loss_blocks(capability, settings.softcap is not None, hidden.shape[1])
+        self.settings, self.blocks, self.row_blocks = settings, blocks, choose_row_blocks(capability)
         self.tight = hidden.dtype == torch.float16
-        rows = min(plan.rows, hidden.shape[0])
-        self.exponentials = hidden.new_empty((rows, plan.pitch))
-        self.statistics = hidden.new_empty(2 * plan.num_tiles * rows, dtype=torch.float32)
+        self.num_tiles = triton.cdiv(num_words, blocks.words)
+        self.num_rows = tile_rows(hidden.shape[0], num_words, row_bytes, hidden.dtype, blocks, workspace_bytes)
+        rows = min(self.num_rows, hidden.shape[0])
+        self.exponentials = hidden.new_empty((rows, pitch_of(num_words)))
+        self.statistics = hidden.new_empty(2 * self.num_tiles * rows, dtype=torch.float32)
         self.row_values = hidden.new_empty((6, rows), dtype=torch.float32)
 
     def logit_gradient(
@@ -190,7 +225,7 @@ class _Chunks:
         """Write the chunk's log-probs; return G [R, V] and the factors [R] of hidden's rows and of G @ weight."""
         num_rows, num_valid = token_ids.shape[0], self.settings.num_valid_vocab
         matrix = self.exponentials[:num_rows]
-        maxima, totals = self.statistics[: 2 * self.plan.num_tiles * num_rows].view(2, 1, self.plan.num_tiles, -1)
+        maxima, totals = self.statistics[: 2 * self.num_tiles * num_rows].view(2, 1, self.num_tiles, -1)
         labels, lse, weight_factors, hidden_factors, entries, offsets = self.row_values[:, :num_rows]
         self._exponentials(self.hidden[rows], token_ids, matrix, maxima, totals, labels)
         combine(maxima, totals, None, labels[None], token_ids, logprobs[None], ignore_index=IGNORE_INDEX, lse=lse)
@@ -226,7 +261,7 @@ class _Chunks:
             token_ids,
             num_rows,
             num_valid,
-            self.plan.pitch,
+            matrix.stride(0),
             ROWS=self.row_blocks.gradient_rows,
             SEGMENT=self.row_blocks.gradient_words,
             TILE_WORDS=self.blocks.words,
@@ -240,11 +275,9 @@ class _Chunks:
         """Launch GEMM 1 over all tiles of the chunk."""
         blocks, softcap = self.blocks, self.settings.softcap
         num_rows, (num_valid, dim) = hidden.shape[0], self.weight.shape
-        aligned = is_aligned(hidden, self.weight)
-        tma = blocks.tma and aligned
         exponential_kernel[(triton.cdiv(num_rows, blocks.rows) * triton.cdiv(num_valid, blocks.words),)](
-            tile_source(hidden, (blocks.rows, blocks.dim), tma),
-            tile_source(self.weight, (blocks.words, blocks.dim), tma),
+            tile_source(hidden, (blocks.rows, blocks.dim), blocks.tma),
+            tile_source(self.weight, (blocks.words, blocks.dim), blocks.tma),
             self.bias,
             token_ids,
             matrix,
@@ -254,7 +287,7 @@ class _Chunks:
             num_rows,
             num_valid,
             dim,
-            self.plan.pitch,
+            matrix.stride(0),
             1.0 if softcap is None else softcap,
             self.settings.temperature,
             1.0 / self.settings.temperature,
@@ -262,8 +295,8 @@ class _Chunks:
             WORDS=blocks.words,
             DIM=blocks.dim,
             GROUP_ROWS=blocks.group_rows,
-            EVEN_DIM=aligned and dim % blocks.dim == 0,
-            TMA=tma,
+            EVEN_DIM=dim % blocks.dim == 0,
+            TMA=blocks.tma,
             HAS_BIAS=self.bias is not None,
             HAS_SOFTCAP=softcap is not None,
             TIGHT=self.tight,
@@ -280,21 +313,21 @@ class _GradientSums:
         inputs: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight and bias as the caller has them
         valid: Tensor,  # [valid words, D] of the weight in hidden's dtype
         needs: tuple[bool, bool, bool],
-        plan: ChunkPlan,
+        chunk: int,
     ):
         hidden, weight, bias = inputs
-        self.source, self.valid, self.plan = hidden, valid, plan
+        self.source, self.valid = hidden, valid
         self.row_blocks = choose_row_blocks(capability_of(hidden))
         self.unit = HALF_UNIT if hidden.dtype == torch.float16 else 1.0
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = self.bias = self.scaled = None
         if needs[1]:
             # One chunk needs no sum: cuBLAS writes bf16 itself. fp16 may not hold a sum over rows.
-            direct = plan.num_chunks == 1 and weight.dtype == hidden.dtype != torch.float16
+            direct = chunk >= hidden.shape[0] and weight.dtype == hidden.dtype != torch.float16
             self.weight = torch.empty_like(weight, dtype=weight.dtype if direct else torch.float32)
             self.weight[valid.shape[0] if hidden.shape[0] > 0 else 0 :].zero_()
             if self.hidden is None:
-                self.scaled = hidden.new_empty((min(plan.rows, hidden.shape[0]), hidden.shape[1]))
+                self.scaled = hidden.new_empty((min(chunk, hidden.shape[0]), hidden.shape[1]))
         if needs[2] and bias is not None:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
 
@@ -335,7 +368,7 @@ class _GradientSums:
             self.unit,
             num_rows,
             num_valid,
-            self.plan.pitch,
+            gradient.stride(0),
             ROWS=blocks.sum_rows,
             WORDS=blocks.sum_words,
         )

@@ -3,7 +3,6 @@
 The names E, G, S and the offsets are explained there.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import triton.language as tl
 
 from inverseq_kernels.triton_blocks import SHORT_DIM, Blocks, choose_loss_blocks
 from inverseq_kernels.triton_common import EMPTY_MAX, LOG2_E
-from inverseq_kernels.triton_compile import DTYPES, CompileCase, compile_case
+from inverseq_kernels.triton_compile import CompileCase, compile_case
 
 # The elementwise kernels run with triton's own number of warps and stages.
 DEFAULT_OPTIONS = Blocks(0, 0, 0, num_warps=4, num_stages=3)
@@ -202,11 +201,11 @@ def column_sum_kernel(
 def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
     """Every configuration that a launch on this capability can choose, with all features."""
     row_blocks, cases = choose_row_blocks(capability), []
+    # The one number that the row kernels take from a tile of the GEMM is its words.
+    tiles = {choose_loss_blocks(capability, False, dim).words for dim in (SHORT_DIM, SHORT_DIM + 1)}
     for dtype in dtypes:
-        # The one number that the row kernels take from a tile of the GEMM is its words.
-        choices = itertools.product((True, False), (True, False), (SHORT_DIM, SHORT_DIM + 1))
-        tiles = {choose_loss_blocks(capability, DTYPES[dtype], *choice).words for choice in choices}
-        cases += [_logit_gradient_case(dtype, words, row_blocks) for words in sorted(tiles)]
+        if dtype != "fp32":
+            cases += [_logit_gradient_case(dtype, words, row_blocks) for words in sorted(tiles)]
         cases += _row_cases(dtype, row_blocks)
     return cases
 
@@ -237,7 +236,6 @@ def _row_cases(dtype: str, row_blocks: RowBlocks) -> list[CompileCase]:
     factor_pointers = dict.fromkeys(row_factor_kernel.arg_names[:11], "*fp32")
     rows = (f"*{dtype}", "*fp32", f"*{dtype}")
     specs = [
-        (row_factor_kernel, factor_pointers, ("softcap", "temperature"), factor, ()),
         (scale_rows_kernel, dict(zip(("source", "factors", "scaled"), rows, strict=True)), (), scale, ("dim",)),
         (
             column_sum_kernel,
@@ -247,6 +245,8 @@ def _row_cases(dtype: str, row_blocks: RowBlocks) -> list[CompileCase]:
             ("pitch",),
         ),
     ]
+    if dtype != "fp32":
+        specs.append((row_factor_kernel, factor_pointers, ("softcap", "temperature"), factor, ()))
     return [
         compile_case(
             kernel,
