@@ -25,7 +25,6 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
-import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from inverseq_kernels.triton_blocks import Blocks, choose_loss_blocks  # noqa: E402

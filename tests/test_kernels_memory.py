@@ -1,4 +1,9 @@
-"""Peak memory of every operation at A = 8192, V = 50,257 stays within workspace and outputs (torch backend)."""
+"""Peak memory of every operation stays within workspace and outputs.
+
+The torch backend at A = 8192, V = 50,257; the triton backend's stored logits, through the interpreter, on less.
+"""
+
+import os
 
 import pytest
 import torch
@@ -98,3 +103,28 @@ def test_rounded_copies_of_an_fp32_weight_under_autocast_stay_within_the_workspa
     )
     assert weight.nbytes > 2 * limit
     assert peak <= limit + kept
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter")
+@pytest.mark.parametrize("op", ["contrast", "sweep", "logprob", "loss"])
+def test_stored_logits_of_the_triton_backend_stay_within_the_workspace(op):
+    """Gradients are written over the logits: no second matrix. All logits would be 5 workspaces."""
+    num_rows, num_words, limit = 256, 4000, 3 * 2**18
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, DIM, generator=generator).requires_grad_() for n in (num_rows, num_words))
+    token_ids, keywords = torch.arange(num_rows), {"workspace_bytes": limit, "backend": "triton"}
+    heads, outputs = (hidden, weight, hidden, weight, token_ids), []
+    runs = {
+        "contrast": lambda: contrastive_logprob(*heads, 1.4, return_reference=True, **keywords),
+        "sweep": lambda: contrastive_logprob_sweep(*heads, alphas=[1.0, 1.2, 1.4], **keywords),
+        "logprob": lambda: outputs.extend(linear_logprob(hidden, weight, token_ids, return_entropy=True, **keywords)),
+        "loss": lambda: squared_log_ratio_loss(
+            hidden, weight, token_ids, torch.zeros(num_rows), denominator=1, **keywords
+        ),
+    }
+    peak, kept = peak_and_kept_bytes(runs[op])
+    assert limit / 2 < peak <= limit + kept
+    if op == "logprob":
+        total = outputs[0].sum() + outputs[1].sum()
+        peak, kept = peak_and_kept_bytes(lambda: torch.autograd.grad(total, (hidden, weight)))
+        assert limit / 2 < peak <= limit + kept
