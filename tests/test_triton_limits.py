@@ -1,5 +1,10 @@
 """What the Triton launchers keep inside their matrices and ranges, and which structure and blocks fit which call."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -240,3 +245,30 @@ def test_hopper_blocks_are_for_hopper_and_its_kind(op):
     assert choose_blocks(op, 100).tma
     for capability, is_hopper in ((80, False), (90, True), (120, False)):
         assert choose_loss_blocks(capability, True).tma == is_hopper
+
+
+COMPILE = """
+import json, re
+from inverseq_kernels.triton_compile import compile_offline
+from inverseq_kernels.triton_stored_rows import compile_cases
+
+orders = {}
+for case in compile_cases(90, ["bf16"]):
+    if case.name in ("gradient_rows bf16", "loss_rows bf16", "statistics_rows rescale"):
+        ptx = compile_offline(case, 90).asm["ptx"]
+        found = re.findall(r"ld\\.global\\.v\\d|bar(?:rier)?\\.(?:cta\\.)?sync|st\\.global\\.v\\d", ptx)
+        orders[case.name] = "".join({"l": "L", "b": "B", "s": "S"}[name[0]] for name in found)
+print(json.dumps(orders))
+"""
+
+
+def test_all_warps_have_read_a_segment_before_one_writes_over_it():
+    """The interpreter has one thread: what holds warps together on a GPU is read from the machine's code."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    orders = json.loads(result.stdout)
+    assert len(orders) == 3
+    for name, order in orders.items():  # vector loads of a segment, barriers, its vector stores
+        before, *stores = order.replace("S", " S").split()
+        assert len(stores) > 1 and "B" in before[before.rindex("L") :], (name, order)
