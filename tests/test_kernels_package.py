@@ -26,7 +26,7 @@ PACKAGE = Path(inverseq_kernels.__file__).parent
 OPS = torch.ops.inverseq_kernels
 
 
-def op_arguments(num_rows: int):
+def op_arguments(num_rows: int, backend: str = "torch"):
     """Arguments of every custom operation with several chunks, softcap, bias and an ignored row."""
     problem = oracle.make_problem(num_rows, 6, 19, ignored=(0,) if num_rows else ())
     hidden, weight, bias = problem.leaves
@@ -35,23 +35,25 @@ def op_arguments(num_rows: int):
     problem.token_ids.clamp_(max=16)
     detached = [tensor.detach() for tensor in problem.leaves]
     return {
-        "linear_logprob": (hidden, weight, bias, problem.token_ids, *settings, True, 3000, "torch"),
+        "linear_logprob": (hidden, weight, bias, problem.token_ids, *settings, True, 3000, backend),
         "linear_logprob_backward": (
-            rows, rows, *detached, problem.token_ids, rows, rows, *settings, [True, False, True], 3000, "torch",
+            rows, rows, *detached, problem.token_ids, rows, rows, *settings, [True, False, True], 3000, backend,
         ),
         "squared_log_ratio": (
-            hidden, weight, bias, problem.token_ids, rows, rows.abs(), *settings, [True] * 3, 3000, "torch",
+            hidden, weight, bias, problem.token_ids, rows, rows.abs(), *settings, [True] * 3, 3000, backend,
         ),
         "contrastive_logprob": (
-            *detached, detached[0], detached[1], None, problem.token_ids, column, *settings, 3000, "torch",
+            *detached, detached[0], detached[1], None, problem.token_ids, column, *settings, 3000, backend,
         ),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_rows", [0, 40])
+@pytest.mark.parametrize(("num_rows", "backend"), [(0, "torch"), (40, "torch"), (40, "triton")])
 @pytest.mark.parametrize("name", list(op_arguments(1)))
-def test_custom_operations_pass_opcheck(name, num_rows):
-    torch.library.opcheck(getattr(OPS, name).default, op_arguments(num_rows)[name])
+def test_custom_operations_pass_opcheck(name, num_rows, backend):
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("CPU tensors need triton's interpreter")
+    torch.library.opcheck(getattr(OPS, name).default, op_arguments(num_rows, backend)[name])
 
 
 def test_every_custom_operation_of_the_package_is_opchecked():
