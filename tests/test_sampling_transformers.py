@@ -5,6 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import MistralConfig, MistralForCausalLM
 
 from inverseq.attention import ATTENTION_NAME
@@ -90,7 +92,9 @@ def test_attention_of_each_sequence_to_itself_decodes_what_the_model_would(windo
     prompts = [make_prompt(f"p{n}", rng.integers(2, NUM_WORDS, n)) for n in lengths]
     with Counted(model) as counted:
         samples = sample_responses(make(model, max_new_tokens=20, batch_size=3), prompts, seed=0)
-    assert counted.attention == {PAGED_ATTENTION_NAME} and paged_attention_is_supported()
+    # Older releases (5.17) keep the paged cache from an attention function: there their own sdpa runs.
+    assert counted.attention == {PAGED_ATTENTION_NAME if paged_attention_is_supported() else "paged|sdpa"}
+    assert paged_attention_is_supported() or Version(transformers.__version__) < Version("5.23")
     assert model.config._attn_implementation == ATTENTION_NAME
     model.set_attn_implementation("eager")
     for sample in samples:
