@@ -98,7 +98,8 @@ def contrast_kernel(
     store_label(labels, sums, token_ids, rows, row_mask, word_start, WORDS)
 
 
-@triton.jit
+# A launch with one alpha would have its number as a constant and the loop over alphas unrolled, which spills.
+@triton.jit(do_not_specialize=["num_alphas"])
 def contrast_pair_kernel(
     hidden_w,  # [A, D_w] or its descriptor
     weight_w,  # [V, D_w] or its descriptor
