@@ -27,6 +27,7 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import types  # noqa: E402
+from typing import Any  # noqa: E402
 
 import triton  # noqa: E402
 
@@ -102,11 +103,8 @@ def compile_row(task: tuple[str, int, int, list[str]]) -> dict:
     from inverseq_kernels.triton_compile import compile_offline
 
     compiled = compile_offline(case, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    sass = _disassemble(compiled, "-sass")
+    registers, stack = resource_usage(compiled)
     row = {
         "sm": capability,
         "module": module,
@@ -115,8 +113,8 @@ def compile_row(task: tuple[str, int, int, list[str]]) -> dict:
         "warps": case.num_warps,
         "stages": case.num_stages,
         "is_gemm": case.is_gemm,
-        "registers": int(registers),
-        "stack": int(stack),
+        "registers": registers,
+        "stack": stack,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": compiled.metadata.shared,
         "HMMA": len(re.findall(r"\bHMMA\b", sass)),
@@ -124,6 +122,12 @@ def compile_row(task: tuple[str, int, int, list[str]]) -> dict:
         "int32_products": int32_address_products(compiled.asm["ttir"]),
     }
     return row | {"problems": row_problems(row)}
+
+
+def resource_usage(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack in a compiled kernel."""
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _disassemble(compiled, "-res-usage")).groups()
+    return int(registers), int(stack)
 
 
 def row_problems(row: dict) -> list[str]:
@@ -211,9 +215,12 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cuobjdump(option: str, path: str) -> str:
+def _disassemble(compiled: Any, option: str) -> str:
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def _commit() -> str:
