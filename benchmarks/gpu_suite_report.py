@@ -9,6 +9,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -19,9 +20,10 @@ COLUMNS = ("op", "contender", "A", "V", "D", "phase", "ms", "ratio", "TFLOP/s", 
 class Results:
     """The rows of one run; every added row is on disk before the next one is measured."""
 
-    def __init__(self, folder: pathlib.Path, command: str):
+    def __init__(self, folder: pathlib.Path, command: str, stem: str = "gpu_suite"):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.rows = folder, []
+        self.folder, self.stem, self.rows = folder, stem, []
+        self.path = folder / f"{stem}.json"
         self.facts = {
             "device": device_name(),
             "measured": torch.cuda.is_available(),  # the interpreter's times say nothing
@@ -31,21 +33,30 @@ class Results:
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
 
+    def reload(self) -> None:
+        """Read the rows again that another process has added to the file."""
+        if self.path.exists():
+            known, self.rows = len(self.rows), json.loads(self.path.read_text())
+            for row in self.rows[known:]:
+                self._show(row)
+
     def add(self, **row: object) -> None:
         """Store one flat row with the run's facts and show it."""
         self.rows.append(self.facts | row)
-        temporary = self.folder / "gpu_suite.json.tmp"
+        temporary = self.folder / f"{self.stem}.json.tmp"
         temporary.write_text(json.dumps(self.rows, indent=1) + "\n")
-        os.replace(temporary, self.folder / "gpu_suite.json")
-        shown = {key: value for key, value in row.items() if value is not None}
+        os.replace(temporary, self.path)
+        self._show(row)
+
+    def _show(self, row: dict) -> None:
+        shown = {key: value for key, value in row.items() if value is not None and key not in self.facts}
         print("ROW", json.dumps(shown), flush=True)
 
-    def write_table(self) -> str:
-        """Write and return the text table."""
+    def write_text(self, lines: list[str]) -> str:
+        """Write and return the run's facts and these lines."""
         facts = "\n".join(f"{key}: {value}" for key, value in self.facts.items())
-        lines = _table_lines(self.rows)
         text = f"{facts}\n\n" + "\n".join(lines) + "\n"
-        (self.folder / "gpu_suite.txt").write_text(text)
+        (self.folder / f"{self.stem}.txt").write_text(text)
         return text
 
     def write_plots(self) -> list[str]:
@@ -71,6 +82,7 @@ def _plot(folder: pathlib.Path, name: str, rows: list[dict], x: str, y: str, fix
     """One figure over the rows that share the most common value of ``fixed`` and the hidden size."""
     import matplotlib.pyplot as plt
 
+    colors = sorted({row["contender"] for row in rows})  # a contender has one colour in all figures
     rows = [row for row in rows if row.get(x) and row.get(y)]
     if fixed is not None and rows:
         groups = [(row[fixed], row["dim"]) for row in rows]
@@ -84,15 +96,20 @@ def _plot(folder: pathlib.Path, name: str, rows: list[dict], x: str, y: str, fix
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for contender in sorted({row["contender"] for row in rows}):
         points = sorted((row[x], row[y]) for row in rows if row["contender"] == contender)
-        axes.plot(*zip(*points, strict=True), marker="o", linestyle="-" if fixed else "", label=contender)
+        style = {"color": f"C{colors.index(contender)}", "linestyle": "-" if fixed else ""}
+        axes.plot(*zip(*points, strict=True), marker="o", label=contender, **style)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=f"squared log-ratio loss: {title}")
-    axes.legend(fontsize=7)
+    if fixed is not None:
+        axes.set_xticks(sizes := sorted({row[x] for row in rows}), [f"{size:,}" for size in sizes], rotation=30)
+        axes.minorticks_off()
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
     return f"{name}.png"
 
 
-def _table_lines(rows: list[dict]) -> list[str]:
+def table_lines(rows: list[dict]) -> list[str]:
+    """Timings side by side, then every other row."""
     cells = [list(COLUMNS)]
     for row in rows:
         if row.get("kind") == "timing":
@@ -136,6 +153,22 @@ def _cells(row: dict, rows: list[dict]) -> list[str]:
     ]
 
 
+def shape_facts(shape: Any, dtype: torch.dtype) -> dict:
+    """Shape and dtype as every row has them."""
+    return {
+        "num_rows": shape.num_rows,
+        "num_words": shape.num_words,
+        "dim": shape.dim,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def short(error: Exception) -> str:
+    """The first line of an error, for a row."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:200]
+
+
 def device_name() -> str:
     """The GPU's name, or the processor's."""
     if torch.cuda.is_available():
@@ -166,6 +199,6 @@ def commit() -> str:
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
-def command_line() -> str:
+def command_line(stem: str = "gpu_suite") -> str:
     """The command as it was typed."""
-    return " ".join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]])
+    return " ".join(["python", f"benchmarks/{stem}.py", *sys.argv[1:]])

@@ -33,6 +33,10 @@ def test_smoke_run_measures_every_operation_and_contender(tmp_path):
         assert all(row["failure"] is None and row["ms"] > 0 and row["error"] < 1e-2 for row in ours)
     assert "squared_log_ratio_loss" in (tmp_path / "gpu_suite.txt").read_text()
     assert len(list(tmp_path.glob("*.png"))) <= 5
+    steps = (tmp_path / "steps.txt").read_text()
+    assert all(f"== {part}: exit status 0" in steps for part in ("smoke", "correctness", "timing"))
+    goals = [line for line in (tmp_path / "gpu_suite.txt").read_text().splitlines() if line.startswith("goal ")]
+    assert len(goals) == 9 and all(line.endswith(": not measured") for line in goals)  # by the interpreter
 
 
 def test_without_a_gpu_only_the_smoke_run_starts(tmp_path):
@@ -61,3 +65,73 @@ def test_an_epoch_that_fails_is_a_row(tmp_path, monkeypatch, ending, passed):
     [row] = json.loads((tmp_path / "gpu_suite.json").read_text())
     assert row["kind"] == "epoch_time" and row["passed"] is passed
     assert row["detail"] == ("stopped after 7 s" if passed else "no packer")
+
+
+@pytest.fixture
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_what_raises_is_a_row_and_the_rest_still_runs(tmp_path, benchmarks_on_path, capsys):
+    from gpu_suite import run_items
+    from gpu_suite_clock import Clock
+    from gpu_suite_report import Results
+    from gpu_suite_steps import DEVICE_LOST
+
+    def broken():
+        raise RuntimeError("no kernel image")
+
+    called, clock, results = [], Clock(9.0), Results(tmp_path, "command")
+    items = [("one", broken), ("two", lambda: called.append("two"))]
+    assert run_items("smoke", items, 0, results, clock) == 0 and called == ["two"]
+    [row] = results.rows
+    assert row["op"] == "one" and row["passed"] is False and "no kernel image" in row["detail"]
+    clock.is_usable = lambda: False  # an illegal access: the next process goes on behind it
+    assert run_items("smoke", items, 0, results, clock) == DEVICE_LOST and called == ["two"]
+    assert results.rows[-1]["next_item"] == 1 and results.rows[-1]["passed"] is False
+    assert "no kernel image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "detail"), [("raise SystemExit(9)", "exit status 9"), ("while 1: 0", "stopped")])
+def test_a_part_that_crashes_or_hangs_is_a_row(tmp_path, benchmarks_on_path, monkeypatch, code, detail):
+    import gpu_suite_steps
+    from gpu_suite_report import Results
+
+    results, run = Results(tmp_path, "command"), gpu_suite_steps._run
+    monkeypatch.setattr(
+        gpu_suite_steps, "_run", lambda *args, **options: run(*args[:2], [sys.executable, "-c", code], **options)
+    )
+    assert gpu_suite_steps.run_part(results, "timing", [], limit_s=2.0) is None
+    [row] = results.rows
+    assert row["passed"] is False and detail in row["detail"]
+    assert f"== timing: {detail}" in (tmp_path / "steps.txt").read_text()
+
+
+def measured_rows(milliseconds, *, beyond=500 * 2**20, rms=2e-5, gradient=1.5):
+    """Rows as an H100 might give them, times by contender."""
+    common = {"num_rows": 8192, "num_words": 32_000, "dim": 4096, "phase": "together", "measured": True}
+    rows = [
+        common
+        | {"kind": "timing", "op": "squared_log_ratio_loss", "contender": name, "ms": ms}
+        | {"beyond_output_bytes": beyond + 2**20, "accumulator_bytes": 2**20}
+        for name, ms in milliseconds.items()
+    ]
+    rows.append(rows[0] | {"op": "contrastive_logprob", "contender": "inverseq triton", "ms": 6.5})
+    checked = {"kind": "correctness", "op": "x", "logprob_rms": rms, "measured": True}
+    return [*rows, checked | {"gradient_error": gradient * 1e-3, "eager_gradient_error": 1e-3}]
+
+
+def test_goals_are_answered_from_measured_rows_alone(benchmarks_on_path):
+    from gpu_suite_goals import goal_lines
+
+    times = {"inverseq triton": 10.5, "cuBLAS, 3 GEMMs": 9.0, "quack-kernels": 10.0, "eager": 30.0}
+    lines = [line for line in goal_lines(measured_rows(times)) if not line.endswith("not measured")]
+    answers = [line.split(": ")[-1].split(" (")[0] for line in lines]
+    assert answers == ["met", "met", "met", "MISSED", "met", "met", "met"]
+    assert lines[0] == "goal target 8192 x 32000 x 4096, TFLOP/s: 661 >= 600: met"
+    assert lines[1] == "goal loss 8192 x 32000 x 4096, time over three bare GEMMs: 1.17 <= 1.25: met"
+    assert "time over quack-kernels's: 1.05 <= 1: MISSED" in lines[3]
+    worse = goal_lines(measured_rows(times | {"inverseq triton": 12.0}, beyond=2**30, rms=2e-4, gradient=2.5))
+    assert sum("MISSED" in line for line in worse) == 5
+    interpreted = [row | {"measured": False} for row in measured_rows(times) if row["kind"] != "timing"]
+    assert all(line.endswith("not measured") for line in goal_lines(interpreted))
