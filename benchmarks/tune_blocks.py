@@ -1,0 +1,303 @@
+"""Times every promising tile size of every operation on the GPU at hand, and prints the best beside the chooser's.
+
+    PYTHONPATH=.:kernels python benchmarks/tune_blocks.py --out DIR [--op loss] [--budget-s 240]
+    PYTHONPATH=.:kernels python benchmarks/tune_blocks.py --smoke --out DIR        # tiny; also on a CPU
+
+Candidates that spill or exceed shared memory are left out by compiling them without the GPU, in the other processors
+meanwhile. Each of the others must first give what the chooser's tiles give. All are timed through the launchers'
+``blocks`` argument, the whole operation each, in turn with the chooser's own; the best of a group's first shape go on
+to its other shapes. Rows are on disk as they come (DIR/tune_blocks.json); the table at the end holds lines that can be
+pasted into triton_blocks.py. bf16, no bias, no softcap.
+"""
+
+import multiprocessing
+import os
+
+import torch
+
+if multiprocessing.current_process().name != "MainProcess":  # a worker, which compiles
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import argparse  # noqa: E402
+import concurrent.futures  # noqa: E402
+import pathlib  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
+
+from gpu_suite_clock import Clock  # noqa: E402
+from gpu_suite_contenders import ALPHA, Inputs, Shape, make_inputs  # noqa: E402
+from gpu_suite_report import Results, command_line  # noqa: E402
+from inverseq_kernels.backends import CUDA_WORKSPACE_BYTES  # noqa: E402
+from inverseq_kernels.triton_blocks import Blocks, capability_of  # noqa: E402
+from inverseq_kernels.triton_contrastive import contrastive_forward  # noqa: E402
+from inverseq_kernels.triton_logprob import logprob_backward, logprob_forward  # noqa: E402
+from inverseq_kernels.triton_loss import squared_log_ratio_forward  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tune_blocks_candidates import (  # noqa: E402
+    LOGPROB,
+    LOGPROB_BACKWARD,
+    OPS,
+    TARGET,
+    Compiled,
+    compile_candidate,
+    list_candidates,
+)
+
+# Shapes that want the same tiles; candidates are screened on the first of a group.
+GROUPS = {
+    "wide": (Shape(8192, 32_000, 4096), Shape(8192, 128_256, 4096), Shape(2048, 128_256, 4096)),
+    "narrow": (Shape(16_384, 49_152, 576),),
+}
+SMOKE_GROUPS = {"wide": (Shape(20, 150, 16), Shape(8, 150, 16)), "narrow": (Shape(8, 80, 16),)}
+REPS = 5
+FINALISTS = 3  # of a group's first shape, timed on its other shapes
+LARGEST_DIFFERENCE = 1e-2  # of a result, relative to the chooser's: bf16 rounding in another order
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operation on one group of shapes, and its candidates; the chooser's stands first."""
+
+    op: str
+    group: str
+    shapes: tuple[Shape, ...]
+    candidates: list[Blocks]
+    reps: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A candidate beside the chooser's tiles, both in turn on the same inputs."""
+
+    blocks: Blocks
+    milliseconds: list[float]
+    chosen_milliseconds: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median time over the chooser's."""
+        return _quantile(self.milliseconds, 0.5) / _quantile(self.chosen_milliseconds, 0.5)
+
+
+def make_call(op: str, inputs: Inputs) -> Callable[[Blocks], tuple[Tensor, ...]]:
+    """The operation's launcher on these inputs, as a function of the tiles; it returns outputs and gradients."""
+    hidden, weight, ids = inputs.hidden.detach(), inputs.weight.detach(), inputs.token_ids
+    common = {
+        "softcap": None,
+        "temperature": 1.0,
+        "num_valid_vocab": weight.shape[0],
+        "workspace_bytes": CUDA_WORKSPACE_BYTES,
+    }
+    if op == TARGET:
+        alphas = torch.full((1, 1), ALPHA, device=hidden.device)
+        plain = (inputs.hidden_plain, weight, None)
+        return lambda blocks: contrastive_forward(hidden, weight, None, *plain, ids, alphas, blocks=blocks, **common)
+    if op == LOGPROB:
+        options = common | {"want_entropy": False}
+        return lambda blocks: logprob_forward(hidden, weight, None, ids, blocks=blocks, **options)[:2]
+    needs = {"needs": (True, True, False)}
+    if op == LOGPROB_BACKWARD:
+        _, lse, entropy = logprob_forward(hidden, weight, None, ids, want_entropy=False, **common)
+        saved = (inputs.upstream, None, hidden, weight, None, ids, lse, entropy)
+        return lambda blocks: logprob_backward(*saved, blocks=blocks, **common, **needs)[:2]
+    rows = (inputs.targets, torch.ones_like(inputs.targets), torch.tensor(float(len(ids)), device=hidden.device))
+    return lambda blocks: squared_log_ratio_forward(
+        hidden, weight, None, ids, *rows, blocks=blocks, **common, **needs
+    )[:4]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    parser.add_argument("--smoke", action="store_true", help="every step on tiny shapes; also on a CPU")
+    parser.add_argument("--op", choices=OPS, action="append", help="only these operations (default: all)")
+    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds in all (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=24, help="tiles a task may try (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile")
+    arguments = parser.parse_args()
+    clock = Clock(arguments.budget_s)
+    if not clock.on_gpu and not arguments.smoke:
+        parser.error("no CUDA device: only --smoke runs on a CPU")
+    results = Results(arguments.out, command_line("tune_blocks"), stem="tune_blocks")
+    capability = capability_of(torch.empty(0, device="cuda")) if clock.on_gpu else 0
+    groups, reps = (SMOKE_GROUPS, 1) if arguments.smoke else (GROUPS, REPS)
+    tasks = [
+        Task(op, group, shapes, list_candidates(op, capability, shapes[0].dim, arguments.candidates), reps)
+        for group, shapes in groups.items()
+        for op in arguments.op or OPS
+    ]
+    lines = run_tasks(tasks, capability, results, clock, jobs=arguments.jobs)
+    print(results.write_text(lines))
+    failed = [row for row in results.rows if row.get("passed") is False]
+    print(f"{len(results.rows)} rows, {len(failed)} failed, {arguments.budget_s - clock.left_s():.0f} s")
+    return 1 if failed else 0
+
+
+def run_tasks(tasks: list[Task], capability: int, results: Results, clock: Clock, *, jobs: int) -> list[str]:
+    """Compile all candidates in other processes and time each as it is ready; the lines of the final table."""
+    context = multiprocessing.get_context("spawn")
+    lines = []
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        # Without a GPU the tiles of an H100 are compiled all the same: the step is part of the smoke run.
+        compiled = {
+            (task.op, task.group, blocks): pool.submit(compile_candidate, task.op, blocks, capability or 90)
+            for task in tasks
+            for blocks in task.candidates
+        }
+        for index, task in enumerate(tasks):
+            share_s = clock.left_s() / (len(tasks) - index)
+            if share_s <= 0:
+                results.add(kind="budget", op=task.op, passed=True, detail=f"stopped before {task.op} {task.group}")
+                continue
+            ready = {blocks: compiled[task.op, task.group, blocks] for blocks in task.candidates}
+            best = run_task(task, ready, results, clock, until_s=clock.left_s() - share_s)
+            lines += best
+        pool.shutdown(cancel_futures=True)
+    return lines
+
+
+def run_task(
+    task: Task,
+    compiled: dict[Blocks, concurrent.futures.Future],
+    results: Results,
+    clock: Clock,
+    *,
+    until_s: float,
+) -> list[str]:
+    """Screen the candidates on the first shape, time the best on the others; lines of the final table."""
+    chosen, *others = task.candidates
+    timings: dict[Blocks, list[Timing]] = {}
+    screened = [chosen, *others]
+    # A third of the time is kept for the finalists' other shapes.
+    screening_until_s = until_s + (clock.left_s() - until_s) / 3 if len(task.shapes) > 1 else until_s
+    for shape in task.shapes:
+        floor_s = screening_until_s if shape is task.shapes[0] else until_s
+        clock.reset_memory()
+        try:
+            call = make_call(task.op, make_inputs(shape, _dtype(clock), "cuda" if clock.on_gpu else "cpu"))
+            expected = call(chosen)
+        except torch.OutOfMemoryError as error:
+            results.add(kind="tune_inputs", op=task.op, passed=True, failure=str(error)[:120], **_facts(shape, clock))
+            continue
+        for blocks in screened:
+            if clock.left_s() <= floor_s:
+                results.add(kind="budget", op=task.op, passed=True, detail=f"stopped at {blocks} of {shape}")
+                break
+            timing = time_candidate(task, shape, (chosen, blocks), call, expected, compiled[blocks], results, clock)
+            if timing is not None:
+                timings.setdefault(blocks, []).append(timing)
+        del call, expected
+        ranked = sorted(timings, key=lambda blocks: timings[blocks][0].ratio)
+        screened = [chosen, *[blocks for blocks in ranked if blocks != chosen][:FINALISTS]]
+    return _best_lines(task, timings)
+
+
+def time_candidate(
+    task: Task,
+    shape: Shape,
+    pair: tuple[Blocks, Blocks],  # the chooser's and the candidate
+    call: Callable[[Blocks], tuple[Tensor, ...]],
+    expected: tuple[Tensor, ...],
+    compiled: concurrent.futures.Future,
+    results: Results,
+    clock: Clock,
+) -> Timing | None:
+    """One row: why the candidate is left out, or its times beside the chooser's; None unless it was timed."""
+    chosen, blocks = pair
+    made: Compiled = compiled.result()
+    failure, error, peak, timing, passed = made.refused or None, None, None, None, True
+    if failure is None or blocks == chosen:
+        try:
+            before = clock.reset_memory()
+            error = _largest_difference(call(blocks), expected)
+            peak = clock.peak_bytes(before)
+            if error <= LARGEST_DIFFERENCE:
+                timing = _time_in_turn(call, pair, task.reps, clock)
+            else:
+                failure, passed = f"differs from the chooser's tiles by {error:.1e}", False
+        except Exception as problem:  # a launch may fail in many ways; the row says how
+            failure = f"{type(problem).__name__}: {problem}"[:200]
+    times = dict.fromkeys(("ms", "ms_p20", "ms_p80", "chosen_ms"))
+    if timing is not None:
+        for name, share in (("ms", 0.5), ("ms_p20", 0.2), ("ms_p80", 0.8)):
+            times[name] = _quantile(timing.milliseconds, share)
+        times["chosen_ms"] = _quantile(timing.chosen_milliseconds, 0.5)
+    results.add(
+        kind="tune",
+        op=task.op,
+        group=task.group,
+        structure="tiles",
+        **_facts(shape, clock),
+        **{f"tile_{name}": value for name, value in asdict(blocks).items()},
+        is_chosen=blocks == chosen,
+        registers=made.registers,
+        stack=made.stack,
+        shared=made.shared,
+        reps=0 if timing is None else task.reps,
+        **times,
+        peak_bytes=peak,
+        error=error,
+        failure=failure,
+        passed=passed,
+    )
+    return timing
+
+
+def _time_in_turn(call: Callable[[Blocks], object], pair: tuple[Blocks, Blocks], reps: int, clock: Clock) -> Timing:
+    chosen, blocks = pair
+    milliseconds = {"chosen": [], "candidate": []}
+    for _ in range(reps):
+        for name, one in (("chosen", chosen), ("candidate", blocks)):
+            start = clock.mark()
+            call(one)
+            end = clock.mark()
+            clock.synchronize()
+            milliseconds[name].append(clock.between_ms(start, end))
+    return Timing(blocks, milliseconds["candidate"], milliseconds["chosen"])
+
+
+def _largest_difference(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    differences = [
+        (one.double() - other.double()).norm() / (other.double().norm() + 1e-30)
+        for one, other in zip(actual, expected, strict=True)
+    ]
+    return torch.stack(differences).nan_to_num(float("inf")).max().item()
+
+
+def _best_lines(task: Task, timings: dict[Blocks, list[Timing]]) -> list[str]:
+    """The tiles with the least time over the group's shapes, as they are written in triton_blocks.py."""
+    most = max((len(of_one) for of_one in timings.values()), default=0)
+    chosen, everywhere = task.candidates[0], [blocks for blocks in timings if 0 < len(timings[blocks]) == most]
+    # Beside itself the chooser's choice shows the noise, which must not make it the best or the worst.
+    means = {b: 1.0 if b == chosen else sum(one.ratio for one in timings[b]) / most for b in everywhere}
+    if not means:
+        return [f"# {task.op}, {task.group}: nothing was timed"]
+    best, shape = min(means, key=means.get), task.shapes[0]
+    first = timings[best][0]
+    ours, theirs = _quantile(first.milliseconds, 0.5), _quantile(first.chosen_milliseconds, 0.5)
+    return [
+        f"# {task.op}, {task.group}: {means[best]:.3f} of the chooser's time over {most} of {len(task.shapes)} shapes; "
+        f"{ours:.3f} ms against {theirs:.3f} at {shape.num_rows} x {shape.num_words} x {shape.dim}",
+        f"# the chooser's: {chosen}",
+        str(best),
+    ]
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
+
+
+def _dtype(clock: Clock) -> torch.dtype:
+    return torch.bfloat16 if clock.on_gpu else torch.float16  # the interpreter multiplies bf16 bit patterns
+
+
+def _facts(shape: Shape, clock: Clock) -> dict:
+    dtype = str(_dtype(clock)).removeprefix("torch.")
+    return {"num_rows": shape.num_rows, "num_words": shape.num_words, "dim": shape.dim, "dtype": dtype}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The search for tile sizes, on tiny shapes: every operation is checked and timed, and wrong tiles are noticed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = pathlib.Path(__file__).parents[1]
+ROW_FIELDS = {"op", "device", "measured", "command", "commit", "versions", "date", "num_rows", "num_words", "dim"}
+ROW_FIELDS |= {"dtype", "reps", "ms", "ms_p20", "ms_p80", "peak_bytes", "error", "registers", "shared", "failure"}
+
+
+def run_python(*arguments):
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'benchmarks'}")
+    environment.pop("TRITON_INTERPRET", None)  # each process decides by what it does
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_smoke_run_times_the_candidates_of_every_operation(tmp_path):
+    result = run_python("benchmarks/tune_blocks.py", "--smoke", "--jobs", "1", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    rows = json.loads((tmp_path / "tune_blocks.json").read_text())
+    assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
+    tuned = [row for row in rows if row["kind"] == "tune"]
+    assert all(ROW_FIELDS <= row.keys() for row in tuned)
+    assert {(row["op"], row["group"]) for row in tuned} == {
+        (op, group) for op in ("loss", "target", "logprob", "logprob_backward") for group in ("wide", "narrow")
+    }
+    assert all(row["ms"] > 0 and row["error"] < 1e-2 and row["registers"] > 0 for row in tuned)
+    assert {row["tile_words"] for row in tuned} == {64, 128}
+    text = (tmp_path / "tune_blocks.txt").read_text()
+    assert text.count("\nBlocks(rows=") == 8 and "# loss, wide: " in text
+
+
+CANDIDATES = """
+import json, sys
+from tune_blocks_candidates import OPS, chosen_blocks, compile_candidate, list_candidates
+from inverseq_kernels.triton_blocks import Blocks
+lists = {(op, sm, dim): list_candidates(op, sm, dim, 24) for op in OPS for sm in (80, 90) for dim in (576, 4096)}
+for (op, sm, dim), blocks in lists.items():
+    assert blocks[0] == chosen_blocks(op, sm, dim) and len(set(blocks)) == len(blocks) == 24
+    assert all(one.tma is False for one in blocks if sm == 80)
+    assert all(one.rows * one.words <= 128 * 32 * one.num_warps for one in blocks)
+fine = compile_candidate("logprob", Blocks(64, 64, 32, num_warps=4, num_stages=2), 80)
+spills = compile_candidate("target", Blocks(128, 256, 32, num_warps=4, num_stages=2), 80)
+print(json.dumps([fine.refused, fine.registers, spills.refused]))
+"""
+
+
+def test_candidates_start_at_the_choosers_choice_and_spilling_ones_are_refused():
+    result = run_python("-c", CANDIDATES)
+    assert result.returncode == 0, result.stderr[-2000:]
+    refused, registers, spills = json.loads(result.stdout.splitlines()[-1])
+    assert refused == "" and 32 <= registers <= 255
+    assert "spills" in spills
+
+
+def test_tiles_with_other_results_fail_the_run(tmp_path):
+    """A planted bug in one candidate: its launch leaves out the second half of the rows."""
+    code = """
+import sys, tune_blocks, torch
+call_of = tune_blocks.make_call
+def planted(op, inputs):
+    call = call_of(op, inputs)
+    def run(blocks):
+        outputs = call(blocks)
+        if blocks.rows == 16:
+            outputs[-1][len(outputs[-1]) // 2:].zero_()
+        return outputs
+    return run
+tune_blocks.make_call = planted
+sys.argv[1:] = ["--smoke", "--op", "logprob", "--jobs", "1", "--out", sys.argv[1]]
+if __name__ == "__main__":
+    sys.exit(tune_blocks.main())
+"""
+    script = tmp_path / "planted.py"
+    script.write_text(code)
+    result = run_python(str(script), str(tmp_path / "out"))
+    assert result.returncode == 1, result.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "tune_blocks.json").read_text())
+    wrong = [row for row in rows if row["passed"] is False]
+    assert wrong and all(row["tile_rows"] == 16 and "differs from the chooser's" in row["failure"] for row in wrong)
