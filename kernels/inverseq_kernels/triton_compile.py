@@ -57,13 +57,18 @@ def compile_offline(case: CompileCase, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = case.kernel.arg_names
-    aligned = [index for index, name in enumerate(names) if name in case.divisible or case.signature[name][0] == "*"]
+    # Written as a launch writes them, constants empty: then a launch finds what was compiled here in triton's cache.
+    attributes = {}
+    for index, name in enumerate(case.kernel.arg_names):
+        if case.signature[name] == "constexpr":
+            attributes[(index,)] = []
+        elif name in case.divisible or case.signature[name][0] == "*":
+            attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=case.kernel,
         signature=case.signature,
         constexprs=case.constexprs,
-        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+        attrs=attributes,
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
