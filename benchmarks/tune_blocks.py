@@ -143,7 +143,9 @@ def run_tasks(tasks: list[Task], capability: int, results: Results, clock: Clock
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         # Without a GPU the tiles of an H100 are compiled all the same: the step is part of the smoke run.
         compiled = {
-            (task.op, task.group, blocks): pool.submit(compile_candidate, task.op, blocks, capability or 90)
+            (task.op, task.group, blocks): pool.submit(
+                compile_candidate, task.op, blocks, capability or 90, task.shapes[0].dim
+            )
             for task in tasks
             for blocks in task.candidates
         }

@@ -75,7 +75,7 @@ def _can_fit(blocks: Blocks, capability: int) -> bool:
     return accumulators <= MOST_ACCUMULATORS and shared <= limit and (not blocks.tma or is_hopper_like(capability))
 
 
-def compile_case(op: str, blocks: Blocks, capability: int) -> CompileCase:
+def compile_case(op: str, blocks: Blocks, capability: int, dim: int) -> CompileCase:
     """The kernel of an operation with these blocks, as a launch on multiples of 16 compiles it."""
     module, kernel = {
         LOSS: (triton_exponentials, "exponential_kernel"),
@@ -88,7 +88,7 @@ def compile_case(op: str, blocks: Blocks, capability: int) -> CompileCase:
         for case in module.compile_cases(capability, ["bf16"])
         if case.kernel.fn.__name__ == kernel and case.constexprs["EVEN_DIM"] and not _has_features(case)
     )
-    sizes = {"ROWS": blocks.rows, "WORDS": blocks.words, "DIM": blocks.dim}
+    sizes, even = {"ROWS": blocks.rows, "WORDS": blocks.words, "DIM": blocks.dim}, dim % blocks.dim == 0
     signature = dict(case.signature)
     for name in signature:
         if name.startswith(("hidden", "weight")):
@@ -98,7 +98,7 @@ def compile_case(op: str, blocks: Blocks, capability: int) -> CompileCase:
         case,
         name=f"{op} {blocks}",
         signature=signature,
-        constexprs=case.constexprs | sizes | {"GROUP_ROWS": blocks.group_rows, "TMA": blocks.tma},
+        constexprs=case.constexprs | sizes | {"GROUP_ROWS": blocks.group_rows, "TMA": blocks.tma, "EVEN_DIM": even},
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
         divisible=tuple(name for name, kind in signature.items() if kind == "i32"),
@@ -109,12 +109,12 @@ def _has_features(case: CompileCase) -> bool:
     return any(value is True for name, value in case.constexprs.items() if name.startswith("HAS_"))
 
 
-def compile_candidate(op: str, blocks: Blocks, capability: int) -> Compiled:
+def compile_candidate(op: str, blocks: Blocks, capability: int, dim: int) -> Compiled:
     """Compile one candidate for sm_<capability>; runs in a worker process, without a GPU."""
     from kernel_report import resource_usage
 
     try:
-        compiled = compile_offline(compile_case(op, blocks, capability), capability)
+        compiled = compile_offline(compile_case(op, blocks, capability, dim), capability)
     except Exception as error:  # the compiler may refuse a tile in many ways; the row says how
         return Compiled(0, 0, 0, f"does not compile: {type(error).__name__}: {str(error)[:120]}")
     registers, stack = resource_usage(compiled)

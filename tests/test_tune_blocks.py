@@ -45,8 +45,8 @@ for (op, sm, dim), blocks in lists.items():
     assert blocks[0] == chosen_blocks(op, sm, dim) and len(set(blocks)) == len(blocks) == 24
     assert all(one.tma is False for one in blocks if sm == 80)
     assert all(one.rows * one.words <= 128 * 32 * one.num_warps for one in blocks)
-fine = compile_candidate("logprob", Blocks(64, 64, 32, num_warps=4, num_stages=2), 80)
-spills = compile_candidate("target", Blocks(128, 256, 32, num_warps=4, num_stages=2), 80)
+fine = compile_candidate("logprob", Blocks(64, 64, 32, num_warps=4, num_stages=2), 80, 576)
+spills = compile_candidate("target", Blocks(128, 256, 32, num_warps=4, num_stages=2), 80, 576)
 print(json.dumps([fine.refused, fine.registers, spills.refused]))
 """
 
@@ -57,6 +57,41 @@ def test_candidates_start_at_the_choosers_choice_and_spilling_ones_are_refused()
     refused, registers, spills = json.loads(result.stdout.splitlines()[-1])
     assert refused == "" and 32 <= registers <= 255
     assert "spills" in spills
+
+
+CACHED = """
+import pathlib, sys, torch
+import kernel_launches
+from inverseq_kernels import triton_logprob
+from inverseq_kernels.triton_blocks import Blocks
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from tune_blocks_candidates import compile_candidate
+
+def cached():
+    return {path for path in pathlib.Path(sys.argv[1]).rglob("*.cubin")}
+
+blocks = Blocks(64, 64, 64, num_warps=4, num_stages=2, tma=True)
+assert compile_candidate("logprob", blocks, 90, 256).refused == ""
+before = cached()
+JITFunction.run = lambda self, *args, grid, warmup, **options: kernel_launches.LAUNCH(
+    self, *args, grid=grid, warmup=True, **options
+)
+driver.set_active(kernel_launches.OfflineDriver(90))
+hidden, weight = torch.zeros(256, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16)
+triton_logprob.logprob_forward(
+    hidden, weight, None, torch.zeros(256, dtype=torch.int64), softcap=None, temperature=1.0, num_valid_vocab=512,
+    want_entropy=False, workspace_bytes=2**29, blocks=blocks,
+)
+print(len(before), *sorted(path.stem for path in cached() - before))
+"""
+
+
+def test_a_launch_takes_what_was_compiled_ahead_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    result = run_python("-c", CACHED, str(tmp_path))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "1 combine_kernel"  # of the launch, the tile kernel is not compiled anew
 
 
 def test_tiles_with_other_results_fail_the_run(tmp_path):
