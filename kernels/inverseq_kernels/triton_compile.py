@@ -57,10 +57,11 @@ def compile_offline(case: CompileCase, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # Written as a launch writes them, constants empty: then a launch finds what was compiled here in triton's cache.
+    # Written as a launch writes them, constants too from triton 3.7 on: then it finds this in triton's cache.
+    writes_constants = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
     attributes = {}
     for index, name in enumerate(case.kernel.arg_names):
-        if case.signature[name] == "constexpr":
+        if case.signature[name] == "constexpr" and writes_constants:
             attributes[(index,)] = []
         elif name in case.divisible or case.signature[name][0] == "*":
             attributes[(index,)] = [["tt.divisibility", 16]]
