@@ -1,14 +1,18 @@
-"""Two structures of the forward GEMM compared offline: one tile a program, and persistent programs over many tiles.
+"""Structures of the forward GEMM compared offline: one tile a program, and persistent programs over many tiles.
 
     PYTHONPATH=.:kernels python benchmarks/kernel_structures.py [--out benchmarks/results]
+    PYTHONPATH=.:kernels python benchmarks/kernel_structures.py --hopper [--out benchmarks/results]
 
 The kernels of ``inverseq_kernels`` give each program one tile. A persistent program walks over many tiles, so that with
 flattened loops the next tile's loads run while the row work of the last one ends; a smaller tile lets two programs
 share a multiprocessor to the same end; with warp specialisation, which triton does on sm_90 at four warps only, loads
-have warps of their own. Compiled for sm_80 and sm_90 without a GPU and read from the machine code: what a GPU would say
-about time is not in this table, only what each structure costs. ``loop`` counts the instructions of the shortest loop
-with a tensor-core instruction, which for flattened loops holds the row work as well. What was concluded stands in
-kernels/README.md.
+have warps of their own. The candidates of hopper_kernels.py have such warps by their own source, in Gluon; ``--hopper``
+compiles these alone and keeps the rows that other versions of triton made.
+
+Compiled for sm_80 and sm_90 without a GPU and read from the machine code: what a GPU would say about time is not in
+this table, only what each structure costs. ``loop`` counts the instructions of the shortest loop with a tensor-core
+instruction, which for flattened loops holds the row work as well; ``tile loop`` those of the shortest one that has
+exponentials in it too. What was concluded stands in kernels/README.md.
 """
 
 import os
@@ -34,12 +38,17 @@ from inverseq_kernels.triton_exponentials import compile_cases  # noqa: E402
 from inverseq_kernels.triton_rows import power_offset  # noqa: E402
 
 try:
+    from benchmarks.hopper_compile import KERNELS, compile_hopper
+    from benchmarks.hopper_launch import EXPONENTIAL_RINGS, RINGS, Setup
     from benchmarks.kernel_report import SHARED_MEMORY_LIMIT, TENSOR_CORE, _commit, _cuobjdump
 except ImportError:  # run as a script
+    from hopper_compile import KERNELS, compile_hopper
+    from hopper_launch import EXPONENTIAL_RINGS, RINGS, Setup
     from kernel_report import SHARED_MEMORY_LIMIT, TENSOR_CORE, _commit, _cuobjdump
 
 NUM_PROGRAMS = {80: 108, 90: 132}  # multiprocessors of an A100 and an H100
 REGISTERS_OF_SM = 65536
+HOPPER_WARPS = 12  # 4 + 4 + 1, in whole warpgroups
 COLUMNS = (
     "sm",
     "structure",
@@ -52,7 +61,9 @@ COLUMNS = (
     "tensor",
     "instructions",
     "loop",
+    "tile loop",
     "programs/SM",
+    "setmaxnreg",
 )
 
 
@@ -245,24 +256,42 @@ def row_of(case, capability: int) -> dict:
         compiled = compile_offline(case, capability)
     except Exception as error:
         return row | {"error": f"does not compile: {str(error).splitlines()[0]}"}
+    return row | counts_of(compiled, max(case.num_warps, total_warps(compiled.asm["ttgir"])), capability)
+
+
+def counts_of(compiled, warps: int, capability: int) -> dict:
+    """What machine code says about a program of so many warps."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
-    warps = max(case.num_warps, total_warps(compiled.asm["ttgir"]))
-    threads = 32 * warps
-    resident = min(REGISTERS_OF_SM // (registers * threads), SHARED_MEMORY_LIMIT[capability] // max(shared, 1))
-    return row | {
+    resident = min(REGISTERS_OF_SM // (registers * 32 * warps), SHARED_MEMORY_LIMIT[capability] // max(shared, 1))
+    return {
         "warps": warps,
         "registers": registers,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": shared,
         "tensor": len(re.findall(rf"\b{TENSOR_CORE[capability]}\b", sass)),
         "instructions": len(instructions_of(sass)),
-        "loop": main_loop_length(sass, TENSOR_CORE[capability]),
+        "loop": loop_length(sass, TENSOR_CORE[capability]),
+        "tile loop": loop_length(sass, TENSOR_CORE[capability], r"MUFU\.EX2"),
         "programs/SM": resident,
+        "setmaxnreg": "/".join(sorted(set(re.findall(r"setmaxnreg\S+\s+(\d+)", compiled.asm["ptx"])), key=int)),
     }
+
+
+def hopper_rows() -> list[dict]:
+    """The candidates in Gluon: two warpgroups that multiply and a warp that loads, in twelve warps."""
+    rows = []
+    for name in KERNELS:
+        for dim, stages in EXPONENTIAL_RINGS if "exponential" in name else RINGS:
+            setup = Setup(NUM_PROGRAMS[90], dim=dim, stages=stages)
+            tile = f"{2 * setup.half}x{setup.words}x{dim}"
+            structure = f"a warp that loads, {name.split('_')[1]}"
+            row = {"sm": 90, "structure": structure, "tile": tile, "stages": stages}
+            rows.append(row | counts_of(compile_hopper(name, setup), HOPPER_WARPS, 90))
+    return rows
 
 
 def total_warps(ttgir: str) -> int:
@@ -277,14 +306,18 @@ def instructions_of(sass: str) -> list[tuple[int, str]]:
     return [(int(address, 16), text) for address, text in found]
 
 
-def main_loop_length(sass: str, tensor: str) -> int | None:
-    """Instructions of the shortest loop (a branch backwards) with a tensor-core instruction in it."""
+def loop_length(sass: str, *wanted: str) -> int | None:
+    """Instructions of the shortest loop (a branch backwards) with all of the wanted instructions in it.
+
+    What stands behind the last EXIT waits for barriers and jumps back to where it came from: no loop of the kernel.
+    """
     instructions, lengths = instructions_of(sass), []
-    for position, (address, text) in enumerate(instructions):
+    end = max(position for position, (_, text) in enumerate(instructions) if "EXIT" in text)
+    for position, (address, text) in enumerate(instructions[:end]):
         target = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", text)
         if target and target[1] and int(target[1], 16) < address:
             body = [text for at, text in instructions[: position + 1] if at >= int(target[1], 16)]
-            if any(re.search(rf"\b{tensor}\b", text) for text in body):
+            if all(any(re.search(rf"\b{name}\b", text) for text in body) for name in wanted):
                 lengths.append(len(body))
     return min(lengths, default=None)
 
@@ -300,25 +333,46 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def facts_of_run(command: str) -> dict[str, str]:
+    """What a result file says about how it came to be."""
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"command": command, "commit": _commit(), "date": date, "triton": triton.__version__}
+
+
+def write_hopper(rows: list[dict], out: pathlib.Path | None) -> int:
+    """Show the candidates' rows, put them in the place of this triton's, and say whether they keep to the limits."""
+    print(format_table(rows))
+    if out is not None:
+        path = out / "hopper_structures.json"
+        kept = json.loads(path.read_text()) if path.exists() else []
+        facts = facts_of_run("python benchmarks/kernel_structures.py --hopper")
+        kept = [row for row in kept if row["triton"] != triton.__version__] + [facts | row for row in rows]
+        path.write_text(json.dumps(sorted(kept, key=lambda row: row["triton"]), indent=1) + "\n")
+    within = all(
+        row["spills"] == 0 and row["shared"] <= SHARED_MEMORY_LIMIT[90] and row["tensor"] and row["setmaxnreg"]
+        for row in rows
+    )
+    return 0 if within else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, help="folder for kernel_structures.txt and kernel_structures.json")
+    parser.add_argument("--hopper", action="store_true", help="only the candidates, into hopper_structures.json")
     arguments = parser.parse_args()
+    if arguments.hopper:
+        return write_hopper(hopper_rows(), arguments.out)
     rows = []
     for capability in SHARED_MEMORY_LIMIT:
         # The package's own kernel first: bf16 without bias and softcap.
         cases = [case for case in compile_cases(capability, ["bf16"]) if case.name.startswith("exponential bf16")][:1]
         rows += [row_of(case, capability) | {"structure": "one tile (the package's)"} for case in cases]
         rows += [row_of(case_of(structure, capability), capability) for structure in structures(capability)]
+        rows += hopper_rows() if capability == 90 else []
         print(format_table(rows), flush=True)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        head = {
-            "command": "python benchmarks/kernel_structures.py",
-            "commit": _commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "triton": triton.__version__,
-        }
+        head = facts_of_run("python benchmarks/kernel_structures.py")
         (arguments.out / "kernel_structures.json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
         facts = "\n".join(f"{key}: {value}" for key, value in head.items())
         (arguments.out / "kernel_structures.txt").write_text(f"{facts}\n\n{format_table(rows)}")
