@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python benchmarks/hopper_forward.py --out DIR [--smoke]
 
 Needs an H100 or H200 and under two minutes. hopper_measure.py does the work in a process that is killed when it says
-nothing for a while: a kernel that hangs costs its row and no more, and the next operation starts in a new process. The
-smallest shape comes first, then ragged ones, then the goals; a wrong result ends its operation before anything is
+nothing for a while: a candidate that hangs costs its own rows and no more, the next one starts in a new process. The
+smallest shape comes first, then ragged ones, then the goals; a wrong result ends its candidate before anything is
 timed. Rows are in DIR/hopper_forward.jsonl as they come. Exit status 1 where something hung, failed or was wrong.
 """
 
@@ -23,7 +23,8 @@ from collections.abc import Iterator
 
 import torch
 
-OPS = ("statistics", "contrast", "exponentials")
+# Operation and width of the ring's stages, the goal's first.
+CANDIDATES = ("contrast-64", "contrast-32", "statistics-64", "exponentials-64", "statistics-32", "exponentials-32")
 SCRIPT = pathlib.Path(__file__).with_name("hopper_measure.py")
 
 
@@ -58,15 +59,15 @@ def lines_of(command: list[str], silence_s: float, deadline: float) -> Iterator[
         raise ChildProcessError(f"exit status {process.returncode}")
 
 
-def run_ops(command: list[str], ops: list[str], silence_s: float, limit_s: float) -> Iterator[dict]:
-    """Rows of all operations, one of kind "failure" for each that hung or broke its process."""
-    deadline, left = time.monotonic() + limit_s, list(ops)
+def run_all(command: list[str], candidates: list[str], silence_s: float, limit_s: float) -> Iterator[dict]:
+    """Rows of all candidates, one of kind "failure" for each that hung or broke its process."""
+    deadline, left = time.monotonic() + limit_s, list(candidates)
     while left:
         current, at, last = left[0], "start", ""
         try:
             for line in lines_of([*command, *left], silence_s, deadline):
                 word, _, rest = line.partition(" ")
-                if word == "OP":
+                if word == "TRY":
                     current = rest
                 elif word == "AT":
                     at = rest
@@ -77,7 +78,8 @@ def run_ops(command: list[str], ops: list[str], silence_s: float, limit_s: float
             return
         except (Silence, ChildProcessError) as error:
             failure = f"{error}; last: {last}"[:300]
-            yield {"kind": "failure", "op": current, "passed": False, "at": at, "failure": failure}
+            op = current.split("-")[0]
+            yield {"kind": "failure", "op": op, "contender": current, "passed": False, "at": at, "failure": failure}
         left = left[left.index(current) + 1 :]
 
 
@@ -85,13 +87,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for hopper_forward.jsonl")
     parser.add_argument("--smoke", action="store_true", help="small shapes only, nothing timed")
-    parser.add_argument("--ops", default=",".join(OPS), help="some of the operations (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(CANDIDATES), help="some of the candidates (default: %(default)s)")
     parser.add_argument("--silence-s", type=float, default=45.0, help="longest without a word (default: %(default)s)")
     parser.add_argument("--limit-s", type=float, default=300.0, help="longest time in all (default: %(default)s)")
     arguments = parser.parse_args()
-    ops = arguments.ops.split(",")
-    if not set(ops) <= set(OPS):
-        parser.error(f"--ops is {arguments.ops}, expected some of {', '.join(OPS)}")
+    candidates = arguments.only.split(",")
+    if not set(candidates) <= set(CANDIDATES):
+        parser.error(f"--only is {arguments.only}, expected some of {', '.join(CANDIDATES)}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("the kernels are for GPUs of capability 9.0 (H100, H200) and there is none")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ def main() -> int:
     command = [sys.executable, str(SCRIPT), "smoke" if arguments.smoke else "all"]
     rows = []
     with open(arguments.out / "hopper_forward.jsonl", "w") as file:
-        for row in run_ops(command, ops, arguments.silence_s, arguments.limit_s):
+        for row in run_all(command, candidates, arguments.silence_s, arguments.limit_s):
             rows.append(facts | row)
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()

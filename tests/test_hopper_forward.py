@@ -188,43 +188,50 @@ def test_a_barrier_counts_arrivals_and_bytes():
 
 
 HANGS = """
-for op in "$@"; do
-    echo "OP $op"
-    test $op = statistics && exit 3
-    echo "AT $op: one"
-    test $op = contrast && exec sleep 60
-    echo 'ROW {"kind": "check", "op": "'$op'", "passed": true}'
+for one in "$@"; do
+    echo "TRY $one"
+    test $one = contrast-64 && exit 3
+    echo "AT $one: tiny"
+    test $one = contrast-32 && exec sleep 60
+    echo 'ROW {"kind": "check", "contender": "'$one'", "passed": true}'
 done
 """
 
 
-def test_a_kernel_that_hangs_costs_its_own_row_only():
-    rows = list(hopper_forward.run_ops(["sh", "-c", HANGS, "sh"], list(hopper_forward.OPS), silence_s=3, limit_s=60))
-    assert [(row["op"], row["kind"]) for row in rows] == [
-        ("statistics", "failure"),
-        ("contrast", "failure"),
-        ("exponentials", "check"),
-    ]
+def test_a_candidate_that_hangs_costs_its_own_rows_only():
+    names = hopper_forward.CANDIDATES
+    rows = list(hopper_forward.run_all(["sh", "-c", HANGS, "sh"], list(names), silence_s=3, limit_s=60))
+    assert [row["contender"] for row in rows] == list(names)
+    assert [row["kind"] for row in rows] == ["failure"] * 2 + ["check"] * 4
     assert "exit status 3" in rows[0]["failure"] and rows[0]["at"] == "start"
-    assert "without a word" in rows[1]["failure"] and rows[1]["at"] == "contrast: one"
+    assert "without a word" in rows[1]["failure"] and rows[1]["at"] == "contrast-32: tiny"
 
 
-@pytest.mark.parametrize("op", hopper_forward.OPS)
-def test_what_a_gpu_will_run_runs_here(monkeypatch, capsys, op):
+@pytest.mark.parametrize("candidate", [name for name in hopper_forward.CANDIDATES if "64" in name])
+def test_what_a_gpu_will_run_runs_here(monkeypatch, capsys, candidate):
     """Every line of hopper_measure.py on tiny shapes, the candidates simulated."""
     shape = (9, 70, 32)
     monkeypatch.setattr(hopper_measure, "make_setup", lambda dim, stages: make_setup(3, 0))
     monkeypatch.setattr(hopper_measure, "SMALL_SHAPES", ((1, 1, 16),))
     monkeypatch.setattr(hopper_measure, "GOAL_SHAPES", (shape,))
     monkeypatch.setattr(hopper_measure, "REPS", 1)
-    hopper_measure.main([op], smoke=False)
+    hopper_measure.main([candidate], smoke=False)
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line.removeprefix("ROW ")) for line in lines if line.startswith("ROW ")]
-    assert lines[0] == f"OP {op}" and sum(line.startswith("AT ") for line in lines) == 7
+    assert lines[0] == f"TRY {candidate}" and sum(line.startswith("AT ") for line in lines) == 4
     checks, times = ([row for row in rows if row["kind"] == kind] for kind in ("check", "timing"))
-    assert len(checks) == 6 and all(row["passed"] for row in checks)
-    assert [row["contender"] for row in times][-2:] == ["today's kernel", "cuBLAS"] and len(times) == 4
+    assert len(checks) == 3 and all(row["passed"] for row in checks)
+    assert [row["contender"] for row in times] == ["gluon, 4 stages of 64", "today's kernel", "cuBLAS"]
     assert all(row["ms"] > 0 and row["reps"] == 1 and row["measured"] is torch.cuda.is_available() for row in times)
+
+
+def test_a_wrong_candidate_is_not_timed(monkeypatch, capsys, tmp_path):
+    kernels = with_bug(tmp_path, *BUGS["halves exchanged"])
+    monkeypatch.setattr(hopper_measure, "make_setup", lambda dim, stages: make_setup(3, 0, kernels=kernels))
+    monkeypatch.setattr(hopper_measure, "SMALL_SHAPES", ((9, 70, 32),))
+    hopper_measure.main(["contrast-64"], smoke=False)
+    rows = [line.removeprefix("ROW ") for line in capsys.readouterr().out.splitlines() if line.startswith("ROW ")]
+    assert [(row["kind"], row["passed"]) for row in map(json.loads, rows)] == [("check", False)]
 
 
 def test_without_a_hopper_nothing_starts(tmp_path, monkeypatch, capsys):
