@@ -116,8 +116,18 @@ def test_kernels_equal_float64_whatever_the_schedule(shape, check):
         CHECKS[check](SHAPES[shape], make_setup(SHAPES[shape][-1], seed, stages=(4, 2, 3)[seed % 3]), seed)
 
 
+LATE_ARRIVALS = """        mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1, pred=start > 0)
+        count += 1
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
+"""
+EARLY_ARRIVALS = """        mbarrier.arrive(empty.index(stage), count=1)
+        count += 1
+    sums = warpgroup_mma_wait(0, deps=[sums])
+"""
 # A place of the kernels' source and what would stand there by mistake.
 BUGS = {
+    "arrival for products that still run": (LATE_ARRIVALS, EARLY_ARRIVALS),
     "phase of full": ("full.index(stage), (count // STAGES) & 1)", "full.index(stage), ((count // STAGES) & 1) ^ 1)"),
     "phase of empty": ("((count // STAGES) & 1) ^ 1)", "(count // STAGES) & 1)"),
     "phase never turns": ("full.index(stage), (count // STAGES) & 1)", "full.index(stage), 0)"),
@@ -126,7 +136,7 @@ BUGS = {
     "no arrival in the loop": ("pred=start > 0)", "pred=False)"),
     "no arrival at the end": ("    mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)\n", ""),
     "arrival before the first products": ("count=1, pred=start > 0)", "count=1)"),
-    "arrival for the running products": ("(count + STAGES - 1) % STAGES), count=1, p", "count % STAGES), count=1, p"),
+    "arrival at the wrong stage": ("(count + STAGES - 1) % STAGES), count=1, p", "count % STAGES), count=1, p"),
     "arrival without the wait": ("        sums = warpgroup_mma_wait(1, deps=[sums])\n", ""),
     "two products outstanding": ("warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps"),
     "no wait for the last products": ("warpgroup_mma_wait(0, deps=[sums])", "warpgroup_mma_wait(1, deps=[sums])"),
