@@ -22,7 +22,7 @@ from dataclasses import dataclass  # noqa: E402
 
 import inverseq_kernels  # noqa: E402
 import torch  # noqa: E402
-from inverseq_kernels import backends, triton_contrastive, triton_logprob, triton_loss  # noqa: E402
+from inverseq_kernels import backends, triton_contrastive, triton_logprob, triton_loss, triton_stored  # noqa: E402
 from kernel_report import SHARED_MEMORY_LIMIT, resource_usage  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -100,7 +100,7 @@ def compile_launches(case: Case, capability: int) -> tuple[int, list[str]]:
 
     driver.set_active(OfflineDriver(capability))
     JITFunction.run = compile_only
-    for module in (triton_contrastive, triton_logprob, triton_loss):
+    for module in (triton_contrastive, triton_logprob, triton_loss, triton_stored):
         module.capability_of = lambda tensor: capability
     backends._triton_obstacle = lambda stem, hidden: None
     run_every_operation(case)

@@ -1,13 +1,13 @@
-"""Times every promising tile size of every operation on the GPU at hand, and prints the best beside the chooser's.
+"""Times both structures of every operation, and promising sizes of each, beside the choosers' choice on this GPU.
 
     PYTHONPATH=.:kernels python benchmarks/tune_blocks.py --out DIR [--op loss] [--budget-s 240]
     PYTHONPATH=.:kernels python benchmarks/tune_blocks.py --smoke --out DIR        # tiny; also on a CPU
 
-Candidates that spill or exceed shared memory are left out by compiling them without the GPU, in the other processors
-meanwhile. Each of the others must first give what the chooser's tiles give. All are timed through the launchers'
-``blocks`` argument, the whole operation each, in turn with the chooser's own; the best of a group's first shape go on
-to its other shapes. Rows are on disk as they come (DIR/tune_blocks.json); the table at the end holds lines that can be
-pasted into triton_blocks.py. bf16, no bias, no softcap.
+Tiles that spill or exceed shared memory are left out by compiling them without the GPU, in the other processors
+meanwhile. Each of the others must first give what the choosers' choice gives. All are timed through the launchers'
+``structure`` and ``blocks`` arguments, the whole operation each, in turn with the choosers' own; the best of a
+group's first shape go on to its other shapes. Rows are on disk as they come (DIR/tune_blocks.json); the table at the
+end holds lines that can be pasted into triton_blocks.py. bf16, no bias, no softcap.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ from gpu_suite_clock import Clock  # noqa: E402
 from gpu_suite_contenders import ALPHA, Inputs, Shape, make_inputs  # noqa: E402
 from gpu_suite_report import Results, command_line  # noqa: E402
 from inverseq_kernels.backends import CUDA_WORKSPACE_BYTES  # noqa: E402
-from inverseq_kernels.triton_blocks import Blocks, capability_of  # noqa: E402
+from inverseq_kernels.triton_blocks import capability_of  # noqa: E402
 from inverseq_kernels.triton_contrastive import contrastive_forward  # noqa: E402
 from inverseq_kernels.triton_logprob import logprob_backward, logprob_forward  # noqa: E402
 from inverseq_kernels.triton_loss import squared_log_ratio_forward  # noqa: E402
@@ -41,6 +41,7 @@ from tune_blocks_candidates import (  # noqa: E402
     LOGPROB_BACKWARD,
     OPS,
     TARGET,
+    Candidate,
     Compiled,
     compile_candidate,
     list_candidates,
@@ -64,15 +65,15 @@ class Task:
     op: str
     group: str
     shapes: tuple[Shape, ...]
-    candidates: list[Blocks]
+    candidates: list[Candidate]
     reps: int
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A candidate beside the chooser's tiles, both in turn on the same inputs."""
+    """A candidate beside the choosers' choice, both in turn on the same inputs."""
 
-    blocks: Blocks
+    candidate: Candidate
     milliseconds: list[float]
     chosen_milliseconds: list[float]
 
@@ -82,8 +83,8 @@ class Timing:
         return _quantile(self.milliseconds, 0.5) / _quantile(self.chosen_milliseconds, 0.5)
 
 
-def make_call(op: str, inputs: Inputs) -> Callable[[Blocks], tuple[Tensor, ...]]:
-    """The operation's launcher on these inputs, as a function of the tiles; it returns outputs and gradients."""
+def make_call(op: str, inputs: Inputs) -> Callable[[Candidate], tuple[Tensor, ...]]:
+    """The operation's launcher on these inputs, as a function of the candidate; it returns outputs and gradients."""
     hidden, weight, ids = inputs.hidden.detach(), inputs.weight.detach(), inputs.token_ids
     common = {
         "softcap": None,
@@ -94,18 +95,18 @@ def make_call(op: str, inputs: Inputs) -> Callable[[Blocks], tuple[Tensor, ...]]
     if op == TARGET:
         alphas = torch.full((1, 1), ALPHA, device=hidden.device)
         plain = (inputs.hidden_plain, weight, None)
-        return lambda blocks: contrastive_forward(hidden, weight, None, *plain, ids, alphas, blocks=blocks, **common)
+        return lambda one: contrastive_forward(hidden, weight, None, *plain, ids, alphas, **vars(one), **common)
     if op == LOGPROB:
         options = common | {"want_entropy": False}
-        return lambda blocks: logprob_forward(hidden, weight, None, ids, blocks=blocks, **options)[:2]
+        return lambda one: logprob_forward(hidden, weight, None, ids, **vars(one), **options)[:2]
     needs = {"needs": (True, True, False)}
     if op == LOGPROB_BACKWARD:
         _, lse, entropy = logprob_forward(hidden, weight, None, ids, want_entropy=False, **common)
         saved = (inputs.upstream, None, hidden, weight, None, ids, lse, entropy)
-        return lambda blocks: logprob_backward(*saved, blocks=blocks, **common, **needs)[:2]
+        return lambda one: logprob_backward(*saved, **vars(one), **common, **needs)[:2]
     rows = (inputs.targets, torch.ones_like(inputs.targets), torch.tensor(float(len(ids)), device=hidden.device))
-    return lambda blocks: squared_log_ratio_forward(
-        hidden, weight, None, ids, *rows, blocks=blocks, **common, **needs
+    return lambda one: squared_log_ratio_forward(
+        hidden, weight, None, ids, *rows, **vars(one), **common, **needs
     )[:4]
 
 
@@ -115,7 +116,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="every step on tiny shapes; also on a CPU")
     parser.add_argument("--op", choices=OPS, action="append", help="only these operations (default: all)")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--candidates", type=int, default=24, help="tiles a task may try (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, default=24, help="candidates of a task (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile")
     arguments = parser.parse_args()
     clock = Clock(arguments.budget_s)
@@ -143,18 +144,18 @@ def run_tasks(tasks: list[Task], capability: int, results: Results, clock: Clock
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         # Without a GPU the tiles of an H100 are compiled all the same: the step is part of the smoke run.
         compiled = {
-            (task.op, task.group, blocks): pool.submit(
-                compile_candidate, task.op, blocks, capability or 90, task.shapes[0].dim
+            (task.op, task.group, candidate): pool.submit(
+                compile_candidate, task.op, candidate, capability or 90, task.shapes[0].dim
             )
             for task in tasks
-            for blocks in task.candidates
+            for candidate in task.candidates
         }
         for index, task in enumerate(tasks):
             share_s = clock.left_s() / (len(tasks) - index)
             if share_s <= 0:
                 results.add(kind="budget", op=task.op, passed=True, detail=f"stopped before {task.op} {task.group}")
                 continue
-            ready = {blocks: compiled[task.op, task.group, blocks] for blocks in task.candidates}
+            ready = {candidate: compiled[task.op, task.group, candidate] for candidate in task.candidates}
             best = run_task(task, ready, results, clock, until_s=clock.left_s() - share_s)
             lines += best
         pool.shutdown(cancel_futures=True)
@@ -163,7 +164,7 @@ def run_tasks(tasks: list[Task], capability: int, results: Results, clock: Clock
 
 def run_task(
     task: Task,
-    compiled: dict[Blocks, concurrent.futures.Future],
+    compiled: dict[Candidate, concurrent.futures.Future],
     results: Results,
     clock: Clock,
     *,
@@ -171,7 +172,7 @@ def run_task(
 ) -> list[str]:
     """Screen the candidates on the first shape, time the best on the others; lines of the final table."""
     chosen, *others = task.candidates
-    timings: dict[Blocks, list[Timing]] = {}
+    timings: dict[Candidate, list[Timing]] = {}
     screened = [chosen, *others]
     # A third of the time is kept for the finalists' other shapes.
     screening_until_s = until_s + (clock.left_s() - until_s) / 3 if len(task.shapes) > 1 else until_s
@@ -184,42 +185,42 @@ def run_task(
         except torch.OutOfMemoryError as error:
             results.add(kind="tune_inputs", op=task.op, passed=True, failure=str(error)[:120], **_facts(shape, clock))
             continue
-        for blocks in screened:
+        for one in screened:
             if clock.left_s() <= floor_s:
-                results.add(kind="budget", op=task.op, passed=True, detail=f"stopped at {blocks} of {shape}")
+                results.add(kind="budget", op=task.op, passed=True, detail=f"stopped at {one} of {shape}")
                 break
-            timing = time_candidate(task, shape, (chosen, blocks), call, expected, compiled[blocks], results, clock)
+            timing = time_candidate(task, shape, (chosen, one), call, expected, compiled[one], results, clock)
             if timing is not None:
-                timings.setdefault(blocks, []).append(timing)
+                timings.setdefault(one, []).append(timing)
         del call, expected
-        ranked = sorted(timings, key=lambda blocks: timings[blocks][0].ratio)
-        screened = [chosen, *[blocks for blocks in ranked if blocks != chosen][:FINALISTS]]
+        ranked = sorted(timings, key=lambda one: timings[one][0].ratio)
+        screened = [chosen, *[one for one in ranked if one != chosen][:FINALISTS]]
     return _best_lines(task, timings)
 
 
 def time_candidate(
     task: Task,
     shape: Shape,
-    pair: tuple[Blocks, Blocks],  # the chooser's and the candidate
-    call: Callable[[Blocks], tuple[Tensor, ...]],
+    pair: tuple[Candidate, Candidate],  # the choosers' and the candidate
+    call: Callable[[Candidate], tuple[Tensor, ...]],
     expected: tuple[Tensor, ...],
     compiled: concurrent.futures.Future,
     results: Results,
     clock: Clock,
 ) -> Timing | None:
     """One row: why the candidate is left out, or its times beside the chooser's; None unless it was timed."""
-    chosen, blocks = pair
+    chosen, candidate = pair
     made: Compiled = compiled.result()
     failure, error, peak, timing, passed = made.refused or None, None, None, None, True
-    if failure is None or blocks == chosen:
+    if failure is None or candidate == chosen:
         try:
             before = clock.reset_memory()
-            error = _largest_difference(call(blocks), expected)
+            error = _largest_difference(call(candidate), expected)
             peak = clock.peak_bytes(before)
             if error <= LARGEST_DIFFERENCE:
                 timing = _time_in_turn(call, pair, task.reps, clock)
             else:
-                failure, passed = f"differs from the chooser's tiles by {error:.1e}", False
+                failure, passed = f"differs from the choosers' choice by {error:.1e}", False
         except Exception as problem:  # a launch may fail in many ways; the row says how
             failure = f"{type(problem).__name__}: {problem}"[:200]
     times = dict.fromkeys(("ms", "ms_p20", "ms_p80", "chosen_ms"))
@@ -231,10 +232,10 @@ def time_candidate(
         kind="tune",
         op=task.op,
         group=task.group,
-        structure="tiles",
+        structure=candidate.structure,
         **_facts(shape, clock),
-        **{f"tile_{name}": value for name, value in asdict(blocks).items()},
-        is_chosen=blocks == chosen,
+        **{f"tile_{name}": value for name, value in asdict(candidate.blocks).items()},
+        is_chosen=candidate == chosen,
         registers=made.registers,
         stack=made.stack,
         shared=made.shared,
@@ -248,17 +249,18 @@ def time_candidate(
     return timing
 
 
-def _time_in_turn(call: Callable[[Blocks], object], pair: tuple[Blocks, Blocks], reps: int, clock: Clock) -> Timing:
-    chosen, blocks = pair
+def _time_in_turn(
+    call: Callable[[Candidate], object], pair: tuple[Candidate, Candidate], reps: int, clock: Clock
+) -> Timing:
     milliseconds = {"chosen": [], "candidate": []}
     for _ in range(reps):
-        for name, one in (("chosen", chosen), ("candidate", blocks)):
+        for name, one in zip(("chosen", "candidate"), pair, strict=True):
             start = clock.mark()
             call(one)
             end = clock.mark()
             clock.synchronize()
             milliseconds[name].append(clock.between_ms(start, end))
-    return Timing(blocks, milliseconds["candidate"], milliseconds["chosen"])
+    return Timing(pair[1], milliseconds["candidate"], milliseconds["chosen"])
 
 
 def _largest_difference(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
@@ -269,22 +271,25 @@ def _largest_difference(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]
     return torch.stack(differences).nan_to_num(float("inf")).max().item()
 
 
-def _best_lines(task: Task, timings: dict[Blocks, list[Timing]]) -> list[str]:
-    """The tiles with the least time over the group's shapes, as they are written in triton_blocks.py."""
+def _best_lines(task: Task, timings: dict[Candidate, list[Timing]]) -> list[str]:
+    """What takes the least time over the group's shapes, as it is written in triton_blocks.py."""
     most = max((len(of_one) for of_one in timings.values()), default=0)
-    chosen, everywhere = task.candidates[0], [blocks for blocks in timings if 0 < len(timings[blocks]) == most]
-    # Beside itself the chooser's choice shows the noise, which must not make it the best or the worst.
-    means = {b: 1.0 if b == chosen else sum(one.ratio for one in timings[b]) / most for b in everywhere}
+    chosen, everywhere = task.candidates[0], [one for one in timings if 0 < len(timings[one]) == most]
+    # Beside itself the choosers' choice shows the noise, which must not make it the best or the worst.
+    means = {
+        one: 1.0 if one == chosen else sum(timing.ratio for timing in timings[one]) / most for one in everywhere
+    }
     if not means:
         return [f"# {task.op}, {task.group}: nothing was timed"]
     best, shape = min(means, key=means.get), task.shapes[0]
     first = timings[best][0]
     ours, theirs = _quantile(first.milliseconds, 0.5), _quantile(first.chosen_milliseconds, 0.5)
     return [
-        f"# {task.op}, {task.group}: {means[best]:.3f} of the chooser's time over {most} of {len(task.shapes)} shapes; "
+        f"# {task.op}, {task.group}: {means[best]:.3f} of the choosers' time over {most} of {len(task.shapes)} shapes; "
         f"{ours:.3f} ms against {theirs:.3f} at {shape.num_rows} x {shape.num_words} x {shape.dim}",
-        f"# the chooser's: {chosen}",
-        str(best),
+        f"# the choosers': {chosen.structure}, {chosen.blocks}",
+        f"# structure: {best.structure}",
+        str(best.blocks),
     ]
 
 

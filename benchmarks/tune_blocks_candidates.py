@@ -1,17 +1,19 @@
-"""Which tile sizes tune_blocks.py tries, most promising first, and what the compiler makes of them without a GPU."""
+"""What tune_blocks.py tries, most promising first: both structures, their sizes; what compiling tiles shows."""
 
 import dataclasses
 import itertools
 from dataclasses import dataclass
 
-import torch
 from inverseq_kernels import triton_contrast, triton_exponentials, triton_logits
 from inverseq_kernels.triton_blocks import (
     CONTRAST,
     GRADIENT,
+    LOGITS,
     STATISTICS,
+    TILES,
     Blocks,
     choose_blocks,
+    choose_logit_blocks,
     choose_loss_blocks,
     is_hopper_like,
 )
@@ -34,6 +36,14 @@ MOST_ACCUMULATORS = 128  # fp32 registers of a thread that hold the tile; more w
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A structure and its sizes, as the launchers take them."""
+
+    structure: str
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What came out of compiling a candidate, and why it is left out; "" where it is tried."""
 
@@ -43,29 +53,36 @@ class Compiled:
     refused: str
 
 
-def chosen_blocks(op: str, capability: int, dim: int) -> Blocks:
-    """What the package's own chooser takes for bf16 and aligned matrices."""
+def chosen(op: str, capability: int, dim: int) -> Candidate:
+    """What the package's own choosers take for bf16 and aligned matrices."""
     if op == LOSS:
-        return choose_loss_blocks(capability, torch.bfloat16, True, False, dim)
+        return Candidate(TILES, choose_loss_blocks(capability, False, dim))
     family = {TARGET: CONTRAST, LOGPROB: STATISTICS, LOGPROB_BACKWARD: GRADIENT}[op]
-    return choose_blocks(family, capability, torch.bfloat16, True, dim)
+    return Candidate(TILES, choose_blocks(family, capability, dim))
 
 
-def list_candidates(op: str, capability: int, dim: int, limit: int) -> list[Blocks]:
-    """The chooser's choice, then its neighbours: fewer changed settings first, larger tiles first among equals."""
-    chosen = chosen_blocks(op, capability, dim)
-    if capability == 0:  # the interpreter knows no hardware: two tiles show that the choice reaches the launch
-        return [chosen, dataclasses.replace(chosen, rows=16, words=64)][:limit]
+def list_candidates(op: str, capability: int, dim: int, limit: int) -> list[Candidate]:
+    """The choosers' choice, stored logits, then the choice's neighbours among tiles.
+
+    Of the neighbours those with fewer changed settings come first, larger tiles first among equals.
+    """
+    first, rows = chosen(op, capability, dim), choose_logit_blocks(capability)
+    if capability == 0:  # the interpreter knows no hardware: one of each shows that the choice reaches the launch
+        others = [Candidate(LOGITS, rows), Candidate(TILES, dataclasses.replace(first.blocks, rows=16, words=64))]
+        return [first, *others][:limit]
+    stored = [rows, *(dataclasses.replace(rows, words=rows.words // 2, num_warps=warps) for warps in (4, 8))]
     names = list(VALUES)
     found = []
     for values in itertools.product(*VALUES.values()):
         blocks = Blocks(**dict(zip(names, values, strict=True)))
-        if blocks != chosen and _can_fit(blocks, capability):
-            changes = sum(getattr(blocks, name) != getattr(chosen, name) for name in names)
+        if blocks != first.blocks and _can_fit(blocks, capability):
+            changes = sum(getattr(blocks, name) != getattr(first.blocks, name) for name in names)
             # The order in which row blocks walk matters least, and with it alone the kernel need not be compiled anew.
-            found.append((changes, blocks.group_rows != chosen.group_rows, -blocks.rows * blocks.words, blocks))
+            walks = blocks.group_rows != first.blocks.group_rows
+            found.append((changes, walks, -blocks.rows * blocks.words, blocks))
     ranked = sorted((entry for entry in found if entry[0] <= MOST_CHANGES), key=lambda entry: entry[:3])
-    return [chosen, *(blocks for *_, blocks in ranked)][:limit]
+    tiles = [Candidate(TILES, blocks) for *_, blocks in ranked]
+    return [first, *(Candidate(LOGITS, blocks) for blocks in stored), *tiles][:limit]
 
 
 def _can_fit(blocks: Blocks, capability: int) -> bool:
@@ -109,12 +126,17 @@ def _has_features(case: CompileCase) -> bool:
     return any(value is True for name, value in case.constexprs.items() if name.startswith("HAS_"))
 
 
-def compile_candidate(op: str, blocks: Blocks, capability: int, dim: int) -> Compiled:
-    """Compile one candidate for sm_<capability>; runs in a worker process, without a GPU."""
+def compile_candidate(op: str, candidate: Candidate, capability: int, dim: int) -> Compiled:
+    """Compile one candidate's tiles for sm_<capability>; runs in a worker process, without a GPU.
+
+    Row kernels on stored logits are small and compile at their first launch.
+    """
     from kernel_report import resource_usage
 
+    if candidate.structure == LOGITS:
+        return Compiled(0, 0, 0, "")
     try:
-        compiled = compile_offline(compile_case(op, blocks, capability, dim), capability)
+        compiled = compile_offline(compile_case(op, candidate.blocks, capability, dim), capability)
     except Exception as error:  # the compiler may refuse a tile in many ways; the row says how
         return Compiled(0, 0, 0, f"does not compile: {type(error).__name__}: {str(error)[:120]}")
     registers, stack = resource_usage(compiled)

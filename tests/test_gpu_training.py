@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import EngineConfig, OptimConfig, PackingConfig, SamplingConfig
 from inverseq.config_loading import load_config
-from inverseq.engine import TorchEngine
+from inverseq.engine import TorchEngine, accumulate
 from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
 from inverseq.sampling import sample_responses
@@ -149,7 +149,7 @@ def make_engine(device):
     optim = OptimConfig(lr=1e-3, samples_per_step=8)
     scored = ScoredSamples(samples, values[0], values[1], offsets)
     step = next(iter(plan_steps(scored, optim, PackingConfig(train_tokens=64))))
-    assert len(step.packs) > 1
+    assert len(step.micro_batches) > 1
     return TorchEngine(Policy(model, 512, EngineConfig()), optim, total_updates=10), step
 
 
@@ -161,28 +161,23 @@ def make_tiny_llama():
     return LlamaForCausalLM(config)
 
 
-def micro_batches(step):
-    return zip(step.packs, step.targets, step.plain_logprobs, step.loss_weights, strict=True)
-
-
 @on_each_device
 def test_micro_batches_never_make_the_host_wait(device, monkeypatch):
     engine, step = make_engine(device)
     engine.train_step(step)  # kernels are compiled and libraries loaded
     with no_host_reads(device, monkeypatch):
-        sums = [engine._accumulate(*micro_batch, step.denominator) for micro_batch in micro_batches(step)]
+        sums = accumulate(step, engine.device, engine.policy, engine._backward)
         norm = engine._clip()
         if device == "cuda":  # AdamW reads its count of steps on a CPU
             engine._update()
-    assert torch.stack(sums).isfinite().all() and norm > 0
+    assert sums.isfinite().all() and norm > 0
 
 
 def test_a_read_of_a_value_is_noticed(monkeypatch):
     engine, step = make_engine("cpu")
-    gather = engine._gather_gradients
-    monkeypatch.setattr(engine, "_gather_gradients", lambda: (gather(), engine.weights[0].grad.sum().item()))
+    engine.weights[0].register_post_accumulate_grad_hook(lambda weight: weight.grad.sum().item())
     with pytest.raises(AssertionError, match="the host waits"), no_host_reads("cpu", monkeypatch):
-        engine._accumulate(*next(micro_batches(step)), step.denominator)
+        accumulate(step, engine.device, engine.policy, engine._backward)
 
 
 @on_each_device

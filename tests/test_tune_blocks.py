@@ -30,23 +30,27 @@ def test_smoke_run_times_the_candidates_of_every_operation(tmp_path):
     assert {(row["op"], row["group"]) for row in tuned} == {
         (op, group) for op in ("loss", "target", "logprob", "logprob_backward") for group in ("wide", "narrow")
     }
-    assert all(row["ms"] > 0 and row["error"] < 1e-2 and row["registers"] > 0 for row in tuned)
-    assert {row["tile_words"] for row in tuned} == {64, 128}
+    assert all(row["ms"] > 0 and row["error"] < 1e-2 for row in tuned)
+    assert all((row["registers"] > 0) == (row["structure"] == "tiles") for row in tuned)
+    assert {(row["structure"], row["tile_words"]) for row in tuned} == {("tiles", 128), ("logits", 1024), ("tiles", 64)}
     text = (tmp_path / "tune_blocks.txt").read_text()
     assert text.count("\nBlocks(rows=") == 8 and "# loss, wide: " in text
 
 
 CANDIDATES = """
 import json, sys
-from tune_blocks_candidates import OPS, chosen_blocks, compile_candidate, list_candidates
+from tune_blocks_candidates import OPS, Candidate, chosen, compile_candidate, list_candidates
 from inverseq_kernels.triton_blocks import Blocks
 lists = {(op, sm, dim): list_candidates(op, sm, dim, 24) for op in OPS for sm in (80, 90) for dim in (576, 4096)}
-for (op, sm, dim), blocks in lists.items():
-    assert blocks[0] == chosen_blocks(op, sm, dim) and len(set(blocks)) == len(blocks) == 24
-    assert all(one.tma is False for one in blocks if sm == 80)
+for (op, sm, dim), found in lists.items():
+    assert found[0] == chosen(op, sm, dim) and len(set(found)) == len(found) == 24
+    assert [one.structure for one in found[1:4]] == ["logits"] * 3
+    blocks = [one.blocks for one in found if one.structure == "tiles"]
+    assert len(blocks) == 21 and all(one.tma is False for one in blocks if sm == 80)
     assert all(one.rows * one.words <= 128 * 32 * one.num_warps for one in blocks)
-fine = compile_candidate("logprob", Blocks(64, 64, 32, num_warps=4, num_stages=2), 80, 576)
-spills = compile_candidate("target", Blocks(128, 256, 32, num_warps=4, num_stages=2), 80, 576)
+small, large = Blocks(64, 64, 32, num_warps=4, num_stages=2), Blocks(128, 256, 32, num_warps=4, num_stages=2)
+fine = compile_candidate("logprob", Candidate("tiles", small), 80, 576)
+spills = compile_candidate("target", Candidate("tiles", large), 80, 576)
 print(json.dumps([fine.refused, fine.registers, spills.refused]))
 """
 
@@ -66,13 +70,13 @@ from inverseq_kernels import triton_logprob
 from inverseq_kernels.triton_blocks import Blocks
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from tune_blocks_candidates import compile_candidate
+from tune_blocks_candidates import Candidate, compile_candidate
 
 def cached():
     return {path for path in pathlib.Path(sys.argv[1]).rglob("*.cubin")}
 
 blocks = Blocks(64, 64, 64, num_warps=4, num_stages=2, tma=True)
-assert compile_candidate("logprob", blocks, 90, 256).refused == ""
+assert compile_candidate("logprob", Candidate("tiles", blocks), 90, 256).refused == ""
 before = cached()
 JITFunction.run = lambda self, *args, grid, warmup, **options: kernel_launches.LAUNCH(
     self, *args, grid=grid, warmup=True, **options
@@ -101,9 +105,9 @@ import sys, tune_blocks, torch
 call_of = tune_blocks.make_call
 def planted(op, inputs):
     call = call_of(op, inputs)
-    def run(blocks):
-        outputs = call(blocks)
-        if blocks.rows == 16:
+    def run(candidate):
+        outputs = call(candidate)
+        if candidate.blocks.rows == 16:
             outputs[-1][len(outputs[-1]) // 2:].zero_()
         return outputs
     return run
@@ -118,4 +122,4 @@ if __name__ == "__main__":
     assert result.returncode == 1, result.stderr[-2000:]
     rows = json.loads((tmp_path / "out" / "tune_blocks.json").read_text())
     wrong = [row for row in rows if row["passed"] is False]
-    assert wrong and all(row["tile_rows"] == 16 and "differs from the chooser's" in row["failure"] for row in wrong)
+    assert wrong and all(row["tile_rows"] == 16 and "differs from the choosers'" in row["failure"] for row in wrong)

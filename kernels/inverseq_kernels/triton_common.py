@@ -26,6 +26,17 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Maximum of a tile without words: finite, so that no difference of maxima is NaN.
 EMPTY_MAX = tl.constexpr(-1.0e30)
 IGNORED = tl.constexpr(IGNORE_INDEX)
+# How kernels are decorated: triton compiles anew for every integer that is 1 or a multiple of 16 and for every address
+# on a 16-byte boundary or off it. Rows change with every call, and vectors of rows start anywhere: one binary serves
+# all. Matrices, whose loads and stores are wide, keep what is known of them.
+ANY_ROWS = {
+    "do_not_specialize": ["num_rows", "num_alphas", "alpha_set_stride", "alpha_row_stride", "stride_logprobs"],
+    "do_not_specialize_on_alignment": [
+        *("token_ids", "targets", "row_weights", "alphas", "scale", "undo_scale", "grad_logprobs", "grad_entropy"),
+        *("maxima", "totals", "moments", "labels", "logprobs", "lse", "entropy"),
+        *("weight_factors", "hidden_factors", "factors", "entries", "offsets"),
+    ],
+}
 SMALLEST_ALPHA = tl.constexpr(2.0**-40)
 PITCH_WORDS = 64
 
@@ -173,7 +184,7 @@ def load_alpha(alphas, rows, row_mask, row_stride):
     return tl.where(tl.abs(alpha) < SMALLEST_ALPHA, SMALLEST_ALPHA, alpha)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def combine_kernel(
     maxima,  # [S, tiles, A] fp32
     totals,  # [S, tiles, A] fp32

@@ -63,7 +63,10 @@ def compile_offline(case: CompileCase, capability: int) -> Any:
     for index, name in enumerate(case.kernel.arg_names):
         if case.signature[name] == "constexpr" and writes_constants:
             attributes[(index,)] = []
-        elif name in case.divisible or case.signature[name][0] == "*":
+        elif case.signature[name][0] == "*":
+            anywhere = name in case.kernel.do_not_specialize_on_alignment
+            attributes[(index,)] = [] if anywhere else [["tt.divisibility", 16]]
+        elif name in case.divisible and name not in case.kernel.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=case.kernel,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from inverseq_kernels.triton_blocks import CONTRAST, CONTRAST_PAIR, Blocks, choose_blocks, choose_logit_blocks
 from inverseq_kernels.triton_common import (
+    ANY_ROWS,
     EMPTY_MAX,
     IGNORED,
     add_dots,
@@ -37,7 +38,7 @@ def _store_statistics(maxima, totals, logits, one_set, rows, row_mask, num_rows,
     tl.store(totals + at, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def contrast_kernel(
     hidden_w,  # [A, D_w] or its descriptor
     weight_w,  # [V, D_w] or its descriptor
@@ -99,7 +100,7 @@ def contrast_kernel(
 
 
 # A launch with one alpha would have its number as a constant and the loop over alphas unrolled, which spills.
-@triton.jit(do_not_specialize=["num_alphas"])
+@triton.jit(**ANY_ROWS)
 def contrast_pair_kernel(
     hidden_w,  # [A, D_w] or its descriptor
     weight_w,  # [V, D_w] or its descriptor
@@ -169,7 +170,7 @@ def contrast_pair_kernel(
     store_label(labels + set_start * num_rows, plain, token_ids, rows, row_mask, word_start, WORDS)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def contrast_rows_kernel(
     better,  # [R, pitch] fp32 products of the better head
     plain,  # [R, pitch] fp32 products of the plain head

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from inverseq_kernels.triton_blocks import SHORT_DIM, choose_loss_blocks
 from inverseq_kernels.triton_common import (
+    ANY_ROWS,
     EMPTY_MAX,
     LOG2_E,
     add_dots,
@@ -34,7 +35,7 @@ from inverseq_kernels.triton_compile import CompileCase, combine_case, compile_c
 from inverseq_kernels.triton_rows import power_offset
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def exponential_kernel(
     hidden,  # [R, D] or its descriptor
     weight,  # [V, D] or its descriptor

@@ -20,6 +20,7 @@ from inverseq_kernels.triton_blocks import (
     choose_blocks,
 )
 from inverseq_kernels.triton_common import (
+    ANY_ROWS,
     EMPTY_MAX,
     IGNORED,
     LOG2_E,
@@ -34,7 +35,7 @@ from inverseq_kernels.triton_common import (
 from inverseq_kernels.triton_compile import CompileCase, combine_case, compile_case
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def statistics_kernel(
     hidden,  # [A, D] or its descriptor
     weight,  # [V, D] or its descriptor
@@ -87,7 +88,7 @@ def statistics_kernel(
     tl.store(totals + at, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def gradient_kernel(
     hidden,  # [R, D] or its descriptor
     weight,  # [V, D] or its descriptor

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from inverseq_kernels.triton_blocks import SHORT_DIM, Blocks, choose_loss_blocks
-from inverseq_kernels.triton_common import EMPTY_MAX, LOG2_E
+from inverseq_kernels.triton_common import ANY_ROWS, EMPTY_MAX, LOG2_E
 from inverseq_kernels.triton_compile import CompileCase, compile_case
 
 # The elementwise kernels run with triton's own number of warps and stages.
@@ -51,7 +51,7 @@ def power_offset(logit, TIGHT: tl.constexpr):
     return tl.where(logit > EMPTY_MAX, offset, 0.0)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def row_factor_kernel(
     logprobs,  # [R] fp32
     lse,  # [R] fp32
@@ -95,7 +95,7 @@ def row_factor_kernel(
     tl.store(offsets + rows, offset, mask=mask)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def logit_gradient_kernel(
     exponentials,  # [R, pitch] in and out
     maxima,  # [word blocks, R] fp32
@@ -151,7 +151,7 @@ def logit_gradient_kernel(
         tl.store(base + column, entry.to(exponentials.dtype.element_ty), mask=hit)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def scale_rows_kernel(
     source,  # [R, D]
     factors,  # [R] fp32
@@ -172,7 +172,7 @@ def scale_rows_kernel(
     tl.store(scaled + at, (value * factor[:, None]).to(scaled.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def column_sum_kernel(
     gradient,  # [R, pitch]
     factors,  # [R] fp32

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from inverseq_kernels.triton_blocks import Blocks, choose_logit_blocks
 from inverseq_kernels.triton_common import (
+    ANY_ROWS,
     EMPTY_MAX,
     IGNORED,
     LN_2,
@@ -96,7 +97,7 @@ def add_segment(running, total, moment, logits, HAS_MOMENT: tl.constexpr):
     return new, total * rescale + tl.sum(weights, axis=1), moment
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def statistics_rows_kernel(
     products,  # [R, pitch] fp32; rescaled in place with RESCALE
     bias,  # [pitch] fp32
@@ -180,7 +181,7 @@ def store_segment(gradient, result, rows, row_mask, start, pitch, gradient_pitch
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def gradient_rows_kernel(
     products,  # [R, pitch] fp32
     gradient,  # [R, gradient_pitch] out, the same memory; 0 past num_valid
@@ -234,7 +235,7 @@ def gradient_rows_kernel(
         store_segment(gradient, result, rows, row_mask, start, pitch, gradient_pitch, SEGMENT)
 
 
-@triton.jit
+@triton.jit(**ANY_ROWS)
 def loss_rows_kernel(
     products,  # [R, pitch] fp32
     gradient,  # [R, gradient_pitch] out, the same memory; 0 past num_valid
