@@ -6,7 +6,7 @@ kernel_report.py compiles what the kernels declare; a launch also turns integers
 compiler which integers and addresses are multiples of 16. Here the operations themselves run, on CPU tensors, with a
 driver that knows the chip and launches nothing. What is compiled lands in triton's cache: on a machine with the GPU the
 first launches then find it there, and many processors have shared the work. Exit status 1 where a launch does not
-compile, spills in more than a few bytes, or takes more shared memory than the chip has.
+compile, spills, or takes more shared memory than the chip has.
 """
 
 import os
@@ -29,7 +29,6 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 LAUNCH = JITFunction.run
-HARMLESS_STACK = 16  # bytes: a register or two that the end of a tile stores once
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def compile_launches(case: Case, capability: int) -> tuple[int, list[str]]:
     run_every_operation(case)
     for kernel in kernels.values():
         _, stack = resource_usage(kernel)
-        if stack > HARMLESS_STACK:
+        if stack:
             problems.append(f"{kernel.metadata.name} {case}: spills, {stack} bytes of stack")
         if kernel.metadata.shared > SHARED_MEMORY_LIMIT[capability]:
             problems.append(f"{kernel.metadata.name} {case}: shared memory {kernel.metadata.shared}")

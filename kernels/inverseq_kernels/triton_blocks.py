@@ -14,12 +14,14 @@ from torch import Tensor
 
 TILES, LOGITS = "tiles", "logits"
 # Contrast with one accumulator, contrast with two, statistics of one head, logit gradient of one head; the
-# rich ones have a softcap or an entropy, whose epilogues keep a second tile in registers.
+# rich ones have a softcap or an entropy, whose epilogues keep a second tile in registers. With a bias a contrast of 256
+# words a tile stores registers on sm_90 (triton 3.6).
 CONTRAST, CONTRAST_PAIR, STATISTICS, GRADIENT = "contrast", "contrast_pair", "statistics", "gradient"
+CONTRAST_BIAS = "contrast_bias"
 STATISTICS_RICH, GRADIENT_RICH = "statistics_rich", "gradient_rich"
 # The loss's exponentials of one head.
 EXPONENTIAL = "exponential"
-TWO_TILES = frozenset({CONTRAST_PAIR, STATISTICS_RICH, GRADIENT_RICH})
+TWO_TILES = frozenset({CONTRAST_PAIR, CONTRAST_BIAS, STATISTICS_RICH, GRADIENT_RICH})
 # Up to this width the row work of a tile is a large part of its time: tiles of half the words, so that two programs
 # share a multiprocessor and one multiplies while the other works on its rows. By offline counts, not by a GPU.
 SHORT_DIM = 1024

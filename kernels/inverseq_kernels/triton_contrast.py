@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from inverseq_kernels.triton_blocks import CONTRAST, CONTRAST_PAIR, Blocks, choose_blocks, choose_logit_blocks
+from inverseq_kernels.triton_blocks import (
+    CONTRAST,
+    CONTRAST_BIAS,
+    CONTRAST_PAIR,
+    Blocks,
+    choose_blocks,
+    choose_logit_blocks,
+)
 from inverseq_kernels.triton_common import (
     ANY_ROWS,
     EMPTY_MAX,
@@ -249,8 +256,8 @@ def compile_cases(capability: int, dtypes: Sequence[str]) -> list[CompileCase]:
         combine_case("contrastive", write_lse=partial, has_moment=False, partial=partial) for partial in (False, True)
     ]
     for dtype in (name for name in dtypes if name != "fp32"):
-        for op in (CONTRAST, CONTRAST_PAIR):
-            cases += [_case(op, dtype, choose_blocks(op, capability), full=full) for full in (False, True)]
+        for op, full in ((CONTRAST, False), (CONTRAST_BIAS, True), (CONTRAST_PAIR, False), (CONTRAST_PAIR, True)):
+            cases.append(_case(op, dtype, choose_blocks(op, capability), full=full))
     blocks = choose_logit_blocks(capability)
     return cases + [_rows_case(blocks, full=full) for full in (False, True)]
 

@@ -27,6 +27,7 @@ from inverseq_kernels.checks import IGNORE_INDEX
 from inverseq_kernels.torch_head import HeadSettings, OnlineLogSumExp, end_logsumexp
 from inverseq_kernels.triton_blocks import (
     CONTRAST,
+    CONTRAST_BIAS,
     CONTRAST_PAIR,
     TILES,
     Blocks,
@@ -77,7 +78,8 @@ def contrastive_forward(
         aligned = is_aligned(hidden_w, weight_w, hidden_l, weight_l)
         structure = choose_structure(capability_of(hidden_w), dtype, aligned)
     if structure == TILES and blocks is None:
-        blocks = choose_blocks(CONTRAST_PAIR if use_pair else CONTRAST, capability_of(hidden_w))
+        op = CONTRAST if bias_w is None and bias_l is None else CONTRAST_BIAS
+        blocks = choose_blocks(CONTRAST_PAIR if use_pair else op, capability_of(hidden_w))
     heads = ((hidden_w, weight_w, bias_w), (hidden_l, weight_l, bias_l))
     settings = HeadSettings(softcap, temperature, num_valid_vocab)
     run = _Sets(structure, blocks, use_pair, settings, workspace_bytes)
