@@ -4,6 +4,7 @@
 instead, which needs the same three matmuls. Errors are against float64 on sampled rows of each one's own loss.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from inverseq_kernels import contrastive_logprob, linear_logprob, squared_log_ra
 from torch import Tensor
 
 LOSS, LOGPROB, TARGET = "squared_log_ratio_loss", "linear_logprob", "contrastive_logprob"
+STORED = "inverseq triton, stored logits"  # the structure that the package does not choose for these inputs
+STEMS = ("contrastive", "logprob", "loss")
 ALPHA = 1.4
 # Columns of the float64 truth that are alive at once.
 TRUTH_WORDS = 16384
@@ -87,6 +90,7 @@ def list_contenders(op: str, compiled: bool) -> tuple[list[Contender], list[str]
     if op == TARGET:
         contenders += [
             Contender("inverseq triton", op, op, lambda i: _target(i, "triton"), None, _itself),
+            Contender(STORED, op, op, on_stored_logits(lambda i: _target(i, "triton")), None, _itself),
             Contender("inverseq torch", op, op, lambda i: _target(i, "torch"), None, _itself),
             Contender("cuBLAS, 2 GEMMs", op, "", _bare_target, None),
             Contender("eager", op, op, lambda i: _eager_target(*_target_arguments(i)), None, _itself),
@@ -101,6 +105,9 @@ def list_contenders(op: str, compiled: bool) -> tuple[list[Contender], list[str]
     backward = _backward_scalar if op == LOSS else _backward_rows
     contenders += [
         Contender("inverseq triton", op, op, lambda i: ours(i, "triton"), backward, _second),
+        Contender(
+            STORED, op, op, on_stored_logits(lambda i: ours(i, "triton")), on_stored_logits(backward), _second
+        ),
         Contender("inverseq torch", op, op, lambda i: ours(i, "torch"), backward, _second),
         Contender("cuBLAS, 3 GEMMs", op, "", _bare_forward, _bare_backward),
         Contender("eager", op, op, lambda i: eager(*_loss_arguments(i)), backward, _second),
@@ -114,6 +121,23 @@ def list_contenders(op: str, compiled: bool) -> tuple[list[Contender], list[str]
         peers, missing = _list_peers()
         contenders += peers
     return contenders, missing
+
+
+def on_stored_logits(function: Callable) -> Callable:
+    """The function with triton's "logits" structure wherever the package would choose."""
+
+    def run(*arguments):
+        modules = [importlib.import_module(f"inverseq_kernels.triton_{stem}") for stem in STEMS]
+        choosers = [module.choose_structure for module in modules]
+        try:
+            for module in modules:
+                module.choose_structure = lambda *_: "logits"
+            return function(*arguments)
+        finally:
+            for module, chooser in zip(modules, choosers, strict=True):
+                module.choose_structure = chooser
+
+    return run
 
 
 def _itself(result: Tensor) -> Tensor:

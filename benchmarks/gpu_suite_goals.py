@@ -1,14 +1,15 @@
 """The measured goals of the operations, answered from the rows of gpu_suite.py: one line a goal, met or missed."""
 
 from gpu_suite_checks import GRADIENT_RATIO, LOGPROB_RMS
-from gpu_suite_contenders import LOSS, TARGET
+from gpu_suite_contenders import LOSS, STORED, TARGET
 from inverseq_kernels.backends import CUDA_WORKSPACE_BYTES
 
 GOAL_SHAPES = ((8192, 32_000, 4096), (8192, 128_256, 4096))  # A, V, D
 TARGET_TFLOPS = 600.0
 OVER_GEMMS = 1.25  # the loss, forward and backward, over its three bare GEMMs
 OVER_WORKSPACE = 1.05
-OURS, OUR_TORCH = "inverseq triton", "inverseq torch"
+OURS = "inverseq triton"
+OUR_OWN = frozenset({OURS, STORED, "inverseq torch"})
 
 
 def goal_lines(rows: list[dict]) -> list[str]:
@@ -63,7 +64,7 @@ def _loss_over_gemms(rows: list[dict], shape: tuple[int, int, int]) -> str:
 def _peers(rows: list[dict], shape: tuple[int, int, int]) -> list[str]:
     times = _times(rows, LOSS, shape)
     ours = times.get(OURS)
-    peers = {name: ms for name, ms in times.items() if name not in (OURS, OUR_TORCH) and not name.startswith("cuBLAS")}
+    peers = {name: ms for name, ms in times.items() if name not in OUR_OWN and not name.startswith("cuBLAS")}
     if ours is None or not peers:
         return [f"goal loss {_named(shape)}, ahead of peers: not measured"]
     return [_line(f"loss {_named(shape)}, time over {name}'s", ours / ms, 1.0) for name, ms in sorted(peers.items())]
