@@ -286,7 +286,7 @@ def plot(rows: list[dict], path: Path) -> None:
     panels[0].set(xlabel="round", ylabel="reward proxy, with standard errors")
     panels[1].set(xlabel="seconds of training" if on_gpu else "seconds of training (CPU time)")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
-    panels[1].legend(frameon=False)
+    panels[1].legend(loc="lower right", framealpha=1.0)
     figure.savefig(path, dpi=120)
 
 
