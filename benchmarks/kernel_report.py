@@ -103,7 +103,7 @@ def compile_row(task: tuple[str, int, int, list[str]]) -> dict:
     from inverseq_kernels.triton_compile import compile_offline
 
     compiled = compile_offline(case, capability)
-    sass = _disassemble(compiled, "-sass")
+    sass = disassemble(compiled, "-sass")
     registers, stack = resource_usage(compiled)
     row = {
         "sm": capability,
@@ -126,7 +126,7 @@ def compile_row(task: tuple[str, int, int, list[str]]) -> dict:
 
 def resource_usage(compiled: Any) -> tuple[int, int]:
     """Registers of a thread and bytes of its stack in a compiled kernel."""
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _disassemble(compiled, "-res-usage")).groups()
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", disassemble(compiled, "-res-usage")).groups()
     return int(registers), int(stack)
 
 
@@ -215,7 +215,8 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _disassemble(compiled: Any, option: str) -> str:
+def disassemble(compiled: Any, option: str) -> str:
+    """What cuobjdump prints of a compiled kernel."""
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -26,7 +26,6 @@ import json  # noqa: E402
 import pathlib  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
-import tempfile  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import triton  # noqa: E402
@@ -40,11 +39,11 @@ from inverseq_kernels.triton_rows import power_offset  # noqa: E402
 try:
     from benchmarks.hopper_compile import KERNELS, compile_hopper
     from benchmarks.hopper_launch import EXPONENTIAL_RINGS, RINGS, Setup
-    from benchmarks.kernel_report import SHARED_MEMORY_LIMIT, TENSOR_CORE, _commit, _cuobjdump
+    from benchmarks.kernel_report import SHARED_MEMORY_LIMIT, TENSOR_CORE, _commit, disassemble, resource_usage
 except ImportError:  # run as a script
     from hopper_compile import KERNELS, compile_hopper
     from hopper_launch import EXPONENTIAL_RINGS, RINGS, Setup
-    from kernel_report import SHARED_MEMORY_LIMIT, TENSOR_CORE, _commit, _cuobjdump
+    from kernel_report import SHARED_MEMORY_LIMIT, TENSOR_CORE, _commit, disassemble, resource_usage
 
 NUM_PROGRAMS = {80: 108, 90: 132}  # multiprocessors of an A100 and an H100
 REGISTERS_OF_SM = 65536
@@ -261,11 +260,8 @@ def row_of(case, capability: int) -> dict:
 
 def counts_of(compiled, warps: int, capability: int) -> dict:
     """What machine code says about a program of so many warps."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), compiled.metadata.shared
+    sass, shared = disassemble(compiled, "-sass"), compiled.metadata.shared
+    registers, _ = resource_usage(compiled)
     resident = min(REGISTERS_OF_SM // (registers * 32 * warps), SHARED_MEMORY_LIMIT[capability] // max(shared, 1))
     return {
         "warps": warps,
