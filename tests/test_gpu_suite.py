@@ -137,3 +137,17 @@ def test_goals_are_answered_from_measured_rows_alone(benchmarks_on_path):
     assert sum("MISSED" in line for line in worse) == 5
     interpreted = [row | {"measured": False} for row in measured_rows(times) if row["kind"] != "timing"]
     assert all(line.endswith("not measured") for line in goal_lines(interpreted))
+
+
+def test_the_contender_with_stored_logits_runs_them_and_leaves_the_choice_as_it_was(benchmarks_on_path):
+    import torch
+    from gpu_suite_contenders import STEMS, on_stored_logits
+    from inverseq_kernels import triton_contrastive, triton_logprob, triton_loss
+
+    modules = (triton_contrastive, triton_logprob, triton_loss)
+    assert len(modules) == len(STEMS)
+
+    def choices():
+        return [module.choose_structure(90, torch.bfloat16, True) for module in modules]
+
+    assert on_stored_logits(choices)() == ["logits"] * 3 and choices() == ["tiles"] * 3
