@@ -49,10 +49,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class StderrHandler(logging.Handler):
-    """Writes to whatever sys.stderr is now, so that log lines go above a progress bar instead of through it."""
+    """Writes to whatever sys.stderr is now, so that log lines go above a progress bar instead of through it.
+
+    A line is one write: under launchers (``python -u``) ``print`` makes two, and another process writes between them.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        sys.stderr.write(f"{self.format(record)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -74,9 +74,10 @@ class Progress:
 
         yield count_up
         duration_s = time.perf_counter() - started
-        line = f"{label}: {total} samples in {duration_s:.1f} s ({total / duration_s:.1f}/s)"
+        line = f"{label}: {total} samples in {duration_s:.1f} s ({total / duration_s:.1f}/s)\n"
         if self.shown:
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.write(line)  # one write, between the lines of other processes
+            sys.stderr.flush()
 
     def summary(self, run_dir: Path | str) -> None:
         """Print the table of the run's epochs and where the run is."""

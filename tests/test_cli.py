@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,27 @@ def test_debugging_shows_where_an_error_arose(monkeypatch):
     monkeypatch.setenv("INVERSEQ_DEBUG", "1")
     with pytest.raises(ValueError, match="no such recipe"):
         main(["--config", "nothing"])
+
+
+UNBUFFERED = """
+import logging
+from inverseq.cli import show_log_lines
+from inverseq.progress import Progress
+show_log_lines()
+logging.getLogger("inverseq.trainer").info("a line of the log")
+with Progress().phase("epoch 1", "sample", 1) as advance:
+    advance()
+"""
+
+
+def test_every_line_is_one_write_so_that_processes_do_not_write_into_each_others():
+    """A packet socket as stderr keeps the writes apart; ``-u`` is how launchers run Python."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        subprocess.run([sys.executable, "-u", "-c", UNBUFFERED], stderr=theirs, check=True)
+        written = [ours.recv(4096) for _ in range(2)]
+    assert written[0] == b"INFO a line of the log\n"
+    assert re.fullmatch(rb"epoch 1 sample: 1 samples in .* s \(.*/s\)\n", written[1])
 
 
 def test_help_of_the_installed_command_needs_neither_torch_nor_transformers():

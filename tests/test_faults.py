@@ -184,7 +184,7 @@ def test_a_rank_that_fails_in_sampling_stops_all_and_names_itself(root):
     program = "from inverseq import cli, launch; launch.MODULE = 'tests.faulty_cli'; raise SystemExit(cli.main())"
     run = launch(root, "sampling", [sys.executable, "-c", program, "--nproc", "2"], faults=faults)
     assert run.status == 1, run.errors
-    assert run.own_lines == ["inverseq-train: [rank 1] error: no more paper"]
+    assert run.own_lines == ["inverseq-train: [rank 1] error: no more paper"], run.errors
     assert "Traceback" not in run.errors and "torch.distributed" not in run.errors
     raised = (root / "sampling" / "faults" / "0").stat().st_mtime
     assert run.ended - raised < 60
