@@ -1,4 +1,4 @@
-"""Test-wide settings: the Triton interpreter on CPU machines and derandomised hypothesis examples.
+"""Test-wide settings: the Triton interpreter on CPU machines, derandomised hypothesis examples, and SIGINT.
 
 The interpreter is read when ``@triton.jit`` decorates, so the variable is set before any import of
 the kernels. Its ``tl.dot`` multiplies the raw bit patterns of bfloat16 operands; the wrapper below
@@ -6,6 +6,7 @@ hands it their float32 values, which are exact, so that bf16 kernels can be chec
 """
 
 import os
+import signal
 
 import torch
 
@@ -21,6 +22,9 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# A shell's background job ignores SIGINT, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _patch_interpreter_bf16_dot() -> None:
