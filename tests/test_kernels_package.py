@@ -84,6 +84,21 @@ def test_compiled_caller_has_no_graph_break_and_equal_gradients():
         torch.testing.assert_close(actual, expected)
 
 
+def test_numbers_that_change_from_call_to_call_break_no_compiled_caller():
+    """Tokens of a step, and so its denominator, are another number every time."""
+
+    def step(hidden, weight, token_ids, denominator, alpha, temperature):
+        targets = contrastive_logprob(hidden, weight, hidden * 2, weight, token_ids, alpha)
+        loss, _ = squared_log_ratio_loss(hidden, weight, token_ids, targets, denominator=denominator)
+        return loss + linear_logprob(hidden, weight, token_ids, temperature=temperature).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for num_rows, alpha, temperature in ((5, 1.4, 1.0), (7, 1.3, 0.9), (9, 1.2, 0.8)):
+        problem = oracle.make_problem(num_rows, 5, 11)
+        arguments = (problem.hidden, problem.weight, problem.token_ids, num_rows - 1, alpha, temperature)
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
 def test_sharded_head_raises_a_clear_error_and_its_full_tensor_works():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

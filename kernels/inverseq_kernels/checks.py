@@ -78,8 +78,11 @@ def check_rows(name: str, value: object, hidden: Tensor, dtypes: tuple[torch.dty
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a Python int or float; bool is not a number here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether ``value`` is a finite Python int or float; bool is not a number here.
+
+    Compared, because torch.compile traces no ``math.isfinite`` of a number that changes from call to call.
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def check_settings(
@@ -94,9 +97,9 @@ def check_settings(
 
     ``fewest_valid`` is 0 for a shard of the vocabulary, which may hold nothing but padding.
     """
-    if softcap is not None and not (is_number(softcap) and math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
-    if not (is_number(temperature) and math.isfinite(temperature) and temperature > 0):
+    if not (is_number(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
     if num_valid_vocab is None:
         num_valid_vocab = vocab_size

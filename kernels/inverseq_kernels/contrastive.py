@@ -196,7 +196,7 @@ def contrastive_logprob_sweep(
 def _alpha_column(name: str, alphas: Sequence[float], hidden: Tensor) -> Tensor:
     """[K, 1] tensor of Python numbers, made on the device without a synchronisation."""
     for alpha in alphas:
-        if not checks.is_number(alpha) or not math.isfinite(alpha):
+        if not checks.is_number(alpha):
             raise ValueError(
                 f"{name} must be finite, a number or (contrastive_logprob) [A] fp32, got {alpha!r}"
             )

@@ -6,8 +6,6 @@ denominator stays in autograd, so that fp16 gradients are not made tiny before a
 sums of an fp16 weight and bias, which pass 65,504 with some thousand rows, are kept divided by a power of two.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -154,6 +152,6 @@ def _check_denominator(denominator: float | Tensor, hidden: Tensor, dtype: torch
         if checks.should_check_values(denominator) and not bool(denominator > 0):
             raise ValueError(f"denominator must be > 0, got {denominator.item()!r}")
         return denominator.detach().to(dtype)
-    if not checks.is_number(denominator) or not math.isfinite(denominator) or denominator <= 0:
+    if not checks.is_number(denominator) or denominator <= 0:
         raise ValueError(f"denominator must be a finite number > 0 or a 0-d tensor, got {denominator!r}")
     return float(denominator)
