@@ -48,7 +48,7 @@ BAD_ARGUMENTS = {
     ],
     "softcap": [0.0, -1.0, math.nan, "5", True],
     "temperature": [0.0, -1.0, INFINITY, None],
-    "num_valid_vocab": [0, 5, 2.0, True],
+    "num_valid_vocab": [0, 5, 2.0, True, "3", torch.tensor(3)],
     "workspace_bytes": [0, -1, 1e6, True],
     "backend": ["cuda", "Torch", 1],
 }

@@ -103,7 +103,11 @@ def check_settings(
         raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
     if num_valid_vocab is None:
         num_valid_vocab = vocab_size
-    if isinstance(num_valid_vocab, (bool, float)) or not fewest_valid <= num_valid_vocab <= vocab_size:
+    elif (
+        isinstance(num_valid_vocab, bool)
+        or not isinstance(num_valid_vocab, int)
+        or not fewest_valid <= num_valid_vocab <= vocab_size
+    ):
         raise ValueError(f"num_valid_vocab must be an int in {fewest_valid}..{vocab_size}, got {num_valid_vocab!r}")
     return None if softcap is None else float(softcap), float(temperature), num_valid_vocab
 
