@@ -91,6 +91,14 @@ def test_loss_stays_within_the_workspace_with_and_without_gradients(head):
         assert peak <= WORKSPACE_BYTES + kept
 
 
+def test_the_backward_of_the_loss_takes_no_more_than_the_gradients_it_returns(head):
+    hidden, weight, token_ids = head
+    hidden, token_ids = hidden[:64].detach().requires_grad_(), token_ids[:64]
+    loss, _ = squared_log_ratio_loss(hidden, weight, token_ids, torch.zeros(64), denominator=1)
+    peak, kept = peak_and_kept_bytes(lambda: torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+    assert hidden.nbytes + weight.nbytes <= kept and peak <= kept + 1024
+
+
 def test_rounded_copies_of_an_fp32_weight_under_autocast_stay_within_the_workspace():
     """bf16 hidden states with an fp32 head that is larger than the workspace: it is rounded block by block."""
     hidden = torch.randn(16, 64).bfloat16().requires_grad_()

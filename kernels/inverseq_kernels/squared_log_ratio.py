@@ -68,10 +68,14 @@ def _setup_context(ctx, inputs, output) -> None:
     _, logprobs, *gradients = output
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(logprobs, *gradients)
+    # Else autograd makes a tensor of zeros for each of them, as large as all gradients together.
+    ctx.set_materialize_grads(False)
     ctx.needs = inputs[9]
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 12
     *gradients, powers = ctx.saved_tensors
     grad_loss = grad_loss.detach()
     factors = (grad_loss, grad_loss * powers[0], grad_loss * powers[1])
