@@ -197,6 +197,20 @@ def test_values_are_checked_where_asked_for(device, monkeypatch):
             call(inputs)()
 
 
+@on_each_device
+@pytest.mark.parametrize(("scale", "size"), [(2.0**20, 2.0**-10), (2.0**-30, 2.0**14)], ids=["loss scale", "mean"])
+@pytest.mark.parametrize("dim", [32, 33], ids=["tiles", "logits"])
+def test_an_upstream_gradient_beyond_fp16_reaches_a_gradient_within_it(scale, size, dim, device):
+    inputs = make_inputs(40, 300, dim, device, backend="triton")
+    hidden = inputs.hidden.detach().half().requires_grad_()
+    logprobs = linear_logprob(hidden, (inputs.weight.detach() * size).half(), inputs.token_ids, **inputs.options)
+    one, scaled = (
+        torch.autograd.grad(logprobs.sum() * factor, hidden, retain_graph=True)[0].double() for factor in (1.0, scale)
+    )
+    torch.testing.assert_close(scaled, one * scale, rtol=1e-2, atol=2.0**-24)
+    assert scaled.any()
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_replays_loss_and_gradients_on_new_inputs():
     inputs = make_inputs(700, 5000, 256, "cuda", backend="triton", workspace_bytes=2**21)

@@ -129,11 +129,12 @@ def finish_scaled_gradients(
     return (*finish_gradients((hidden, *results), inputs), torch.stack(powers))
 
 
-def times(gradient: Tensor, factor: Tensor) -> Tensor:
+def times(gradient: Tensor, factor: Tensor, *, in_place: bool = False) -> Tensor:
     """gradient * factor (0-d fp32), multiplied in fp32; on CUDA torch rounds a 0-d factor to gradient's dtype first."""
+    out = gradient if in_place else torch.empty_like(gradient)
     if gradient.is_cuda and gradient.dtype in (torch.float16, torch.bfloat16):
-        return torch.mul(gradient, factor[None], out=torch.empty_like(gradient))
-    return gradient * factor
+        factor = factor[None]
+    return torch.mul(gradient, factor, out=out)
 
 
 def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

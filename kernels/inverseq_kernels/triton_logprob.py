@@ -23,6 +23,7 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
+from inverseq_kernels.backends import times
 from inverseq_kernels.checks import IGNORE_INDEX
 from inverseq_kernels.torch_head import HeadSettings, OnlineLogSumExp, end_logsumexp
 from inverseq_kernels.triton_blocks import (
@@ -328,5 +329,5 @@ class _GradientSums:
         results = (self.hidden, self.weight, self.bias)
         for total in results:
             if total is not None and self.undo_scale is not None:
-                total.mul_(self.undo_scale)
+                times(total, self.undo_scale, in_place=True)
         return results
