@@ -69,6 +69,21 @@ def test_row_of_weight_zero_keeps_its_logprob_and_loses_loss_and_gradient():
     torch.testing.assert_close(run_loss(problem, targets, loss_mask=weights)[0], loss)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("bad", [math.nan, INFINITY])
+def test_row_of_weight_zero_never_reaches_the_gradients_whatever_it_holds(bad, softcap):
+    results = []
+    for value in (0.5, bad):
+        problem = oracle.make_problem(4, 5, 11)
+        with torch.no_grad():
+            problem.hidden[1] = value
+        weights = torch.tensor([1.0, 0.0, 1.0, 2.0])
+        loss, _ = run_loss(problem, torch.zeros(4), loss_mask=weights, softcap=softcap)
+        results.append((loss.detach(), *torch.autograd.grad(loss, problem.leaves)))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
 def test_weights_scale_rows_and_denominator_may_be_a_tensor():
     problem = oracle.make_problem(5, 4, 9)
     targets, weights = torch.randn(5), torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0])

@@ -55,6 +55,10 @@ def squared_log_ratio_forward(
         for start, stop in blocks(head.num_words, plan.block_words):
             head.write_logits(logits[:, start:stop], hidden_rows, start, stop, plan.block_words)
         logprobs[rows] = _logit_gradient_(logits, token_ids[rows], targets[rows], row_weights[rows], head)
+        # A row that does not count may hold NaN, which times 0 is no 0.
+        idle = ~(row_weights[rows] > 0)[:, None]
+        logits.masked_fill_(idle, 0.0)
+        hidden_rows.masked_fill_(idle, 0.0)
         sums.add(logits, hidden_rows, rows)
     loss = _loss(logprobs, targets, row_weights) / denominator
     return (loss, logprobs, *sums.finish(1.0 / denominator))
