@@ -353,6 +353,15 @@ def test_workspace_below_one_row_block_is_raised_and_changes_nothing():
     torch.testing.assert_close(logprobs, expected)
 
 
+def test_two_heads_that_start_at_the_same_word_are_not_taken_for_one():
+    both, hidden, token_ids = torch.randn(12, 4), torch.randn(3, 4), torch.arange(3)
+    targets = [
+        contrastive_logprob(hidden, both[:6], hidden, plain, token_ids, 1.4)
+        for plain in (both[::2], both[::2].clone())
+    ]
+    assert torch.equal(*targets)
+
+
 def test_non_contiguous_and_sliced_inputs_give_the_same_values():
     problem = oracle.make_problem(7, 6, 13)
     targets = torch.randn(7)

@@ -73,8 +73,9 @@ def _contrastive_op(
     better = backends.contiguous_head(hidden_w, weight_w, bias_w)
     # One weight for both views stays one tensor, so that a backend can see that it is shared.
     plain = backends.contiguous_head(hidden_l, weight_l, bias_l)
-    if weight_w.data_ptr() == weight_l.data_ptr() and better[1].shape == plain[1].shape:
-        plain = (plain[0], better[1] if better[1].dtype == plain[1].dtype else plain[1], plain[2])
+    layouts = [(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in (weight_w, weight_l)]
+    if layouts[0] == layouts[1]:
+        plain = (plain[0], better[1], plain[2])
     with disabled_autocast(hidden_w):
         return backends.backend_module(backend, backends.CONTRASTIVE).contrastive_forward(
             *better,
