@@ -288,7 +288,7 @@ def loss_rows_kernel(
     coefficient = tl.where(active, coefficient, 0.0)
     undo = tl.load(undo_scale)
     if TIGHT:
-        row_grad = tl.full([ROWS], 32768.0, dtype=tl.float32)
+        row_grad = tl.where(active, 32768.0, 0.0)
         factor = coefficient  # the GEMMs multiply by 2**-15
     else:
         row_grad = coefficient
