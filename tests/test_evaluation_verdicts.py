@@ -1,5 +1,7 @@
 """The judge's final verdict is found, and nothing that the judge quotes is taken for one."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,8 @@ READ = [
     ("[[A]] it is, though it ends with\n```\nFinal verdict:\n[[B]]\n```\nwhich is odd", "a"),
     ("[[A]], in spite of “[[B]]” in it", "a"),
     ("<think>Hm, [[A]] or so</think>\n[[B]]", "b"),
+    ("Answer B writes <think> and never closes it.\n[[A]]", "a"),
+    ("[[A]] is what <think>[[B]]</think> tries to hide", "a"),
 ]
 UNREADABLE = [
     "",
@@ -38,6 +42,9 @@ UNREADABLE = [
     'I would write "[[A]]" if A were better and "[[B]]" otherwise.',
     "<think>surely [[A]]",
     "> [[A]]\nsaid somebody else",
+    "[[tıe]]",  # a dotless i
+    "[[А]]",  # a Cyrillic A
+    "［［A］］",
 ]
 
 
@@ -49,6 +56,13 @@ def test_a_final_verdict_is_read(raw, verdict):
 @pytest.mark.parametrize("raw", UNREADABLE)
 def test_what_is_unclear_is_no_verdict(raw):
     assert parse_verdict(raw) is None
+
+
+@pytest.mark.parametrize("filling", ["-", "**", "so-", "[[ ", "“", "«"])
+def test_a_long_line_takes_no_long_time(filling):
+    began = time.process_time()
+    assert parse_verdict("[[B]]\n" + filling * 20_000 + "x") == "b"
+    assert time.process_time() - began < 3.0  # matching that is quadratic took five and more
 
 
 def test_a_passage_copied_from_an_answer_is_no_verdict_even_without_quotation_marks():

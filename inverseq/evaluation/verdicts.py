@@ -19,14 +19,20 @@ __all__ = ["load_judge_prompt", "parse_verdict", "render_comparison"]
 PROMPTS = Path(__file__).parent / "judge_prompts"
 PLACEHOLDERS = ("conversation", "answer_a", "answer_b", "mark")
 REQUIRED = ("conversation", "answer_a", "answer_b")
-MARKER = re.compile(r"\[\[\s*(?:(?:answer|assistant|response|model)\s+)?(A|B|C|tie)\s*\]\]", re.IGNORECASE)
+# ASCII alone: IGNORECASE would take the dotless ı for an i, which is no word of WORD_OF.
+MARKER = re.compile(r"(?a:\[\[\s*(?:(?:answer|assistant|response|model)\s+)?(A|B|C|tie)\s*\]\])", re.IGNORECASE)
 WORD_OF = {"a": "a", "b": "b", "c": "tie", "tie": "tie"}
 # The last line may say what it is: "Final verdict: **[[A]]**."
 LEAD = r"(?:(?:my|the|final|overall|verdict|judge?ment|decision|answer|winner|choice|is|therefore|so|thus)\W+)*"
 ALONE = re.compile(r"[\W_]*" + LEAD + r"[^\w\[]*(" + MARKER.pattern + r")[^\w\[\]]*", re.IGNORECASE)
-THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+MAX_ALONE = 200  # characters of such a line: matching takes quadratic time, and a longer line says more than a verdict
+# What opens the text may be cut off; further in, an opening tag without its end is one that the judge quotes.
+THOUGHT = re.compile(
+    r"\A\s*<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE
+)
 QUOTES = re.compile(
-    r"```.*?```|~~~.*?~~~|`[^`\n]*`|\"[^\"\n]*\"|“[^”]*”|«[^»]*»|‘[^’\n]*’|(?<!\w)'[^'\n]*'(?!\w)|^[ \t]*>.*$",
+    r"```.*?```|~~~.*?~~~|`[^`\n]*`|\"[^\"\n]*\"|“[^”]{0,4000}”|«[^»]{0,4000}»|‘[^’\n]*’|(?<!\w)'[^'\n]*'(?!\w)"
+    r"|^[ \t]*>.*$",
     re.DOTALL | re.MULTILINE,
 )
 CONTEXT = 12  # characters before a verdict that, found in an answer under judgement, make it a quotation
@@ -76,7 +82,8 @@ def parse_verdict(raw: str, answers: Sequence[str] = ()) -> str | None:
     text = THOUGHT.sub("", raw).strip()
     if not text:
         return None
-    alone = ALONE.fullmatch(text.splitlines()[-1])
+    last = text.splitlines()[-1].strip()
+    alone = ALONE.fullmatch(last) if len(last) <= MAX_ALONE else None
     if alone:
         return WORD_OF[alone[2].lower()]
     for line in reversed(_blank_quotes(text, answers).splitlines()):
