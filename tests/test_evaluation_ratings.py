@@ -105,6 +105,26 @@ def test_where_no_finite_rating_exists_an_error_says_who_won_everything():
         fit_bradley_terry(matches, anchor="y", prior=-1)
 
 
+@pytest.mark.parametrize("count", [10, 50, 200])
+def test_the_interval_of_a_model_that_won_everything_reaches_down_to_what_its_wins_exclude(count):
+    """A chance p of winning all of ``count`` matches is excluded at 97.5 % where p ** count < 2.5 %."""
+    wins = [match("x", "y", 1.0, key) for key in range(count)]
+    best = rate(wins, anchor="y", prior=1.0)[0]
+    chance = 0.025 ** (1 / count)
+    bound = 1000 + 400 * math.log10(chance / (1 - chance))
+    assert best.model == "x" and best.low == pytest.approx(bound, abs=15)
+    assert best.high - best.rating == pytest.approx(best.rating - best.low)
+
+
+def test_with_virtual_ties_intervals_cover_the_truth_where_matches_nearly_separate_the_models():
+    rng, covered, truth = np.random.default_rng(1), 0, 1000 + 400 * math.log10(0.95 / 0.05)
+    for _ in range(200):
+        matches = [match("x", "y", float(won), key) for key, won in enumerate(rng.random(40) < 0.95)]
+        best = rate(matches, anchor="y", prior=1.0)[0]
+        covered += best.low <= truth <= best.high
+    assert covered / 200 >= 0.9, covered
+
+
 def test_a_tie_links_two_models():
     matches = [match("x", "y", 1.0), match("x", "y", 0.5, "2")]
     rating = {each.model: each.rating for each in rate(matches, anchor="y")}["x"]

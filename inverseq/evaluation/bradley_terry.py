@@ -84,7 +84,7 @@ def fit_bradley_terry(matches: Sequence[Match], *, anchor: str, prior: float = 0
         check_finite(models, pairs, scores)
     theta, information = newton(pairs, scores, len(models), index[anchor], prior)
     clusters = np.unique([match.id for match in counted], return_inverse=True)[1]
-    covariance = sandwich(pairs, scores, theta, information, clusters, index[anchor])
+    covariance = sandwich(pairs, scores, theta, information, clusters, index[anchor], prior)
     return Strengths(models, theta, covariance, int(clusters.max()) + 1)
 
 
@@ -141,8 +141,13 @@ def sandwich(
     information: np.ndarray,
     clusters: np.ndarray,
     anchor: int,
+    prior: float,
 ) -> np.ndarray:
-    """Cluster-robust covariance of θ, [M, M]; zero where the anchor is. One cluster has no spread: infinite then."""
+    """Cluster-robust covariance of θ, [M, M]; zero where the anchor is. One cluster has no spread: infinite then.
+
+    Virtual ties count as matches of clusters of their own. Without them a model that won every match would have next to
+    no residual, and so next to no interval, though nothing but the ties says where its rating ends.
+    """
     free = np.arange(len(theta)) != anchor
     num_clusters = int(clusters.max()) + 1
     covariance = np.zeros((len(theta), len(theta)))
@@ -155,6 +160,8 @@ def sandwich(
     np.add.at(gradients, (clusters, pairs[:, 1]), -residual)
     bread = np.linalg.inv(information[np.ix_(free, free)])
     meat = gradients[:, free].T @ gradients[:, free] * num_clusters / (num_clusters - 1)
+    surprise = prior * (0.5 - _sigmoid(theta[:, None] - theta[None, :])) ** 2  # of the ties of each two models
+    meat += (np.diag(surprise.sum(1)) - surprise)[np.ix_(free, free)]
     covariance[np.ix_(free, free)] = bread @ meat @ bread
     return covariance
 
