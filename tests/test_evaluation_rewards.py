@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from inverseq.evaluation.cli import main
@@ -164,6 +166,37 @@ def test_the_command_writes_plot_data_and_scores_nothing_twice(
     monkeypatch.setattr(RewardModel, "score", lambda *args, **kwargs: pytest.fail("scored again"))
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out) == data
+
+
+def read_outcome(words, capsys):
+    assert main(words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_lines_of_runs_with_one_name_are_told_apart_and_a_point_in_a_name_stays(answered_run, reward_model, tmp_path):
+    for folder in ("ppo/run", "alpha-1.4"):
+        shutil.copytree(answered_run, tmp_path / folder)
+    words = ["rewards", str(answered_run), "--model", str(reward_model), "--baseline"]
+    for baseline, names in (
+        ("ppo/run", [f"{tmp_path.name}/run", "ppo/run"]),
+        ("alpha-1.4", ["run", "alpha-1.4"]),
+    ):
+        assert main([*words, str(tmp_path / baseline)]) == 0
+        rows = json.loads((answered_run / "evaluation" / "rewards.json").read_text())["rows"]
+        assert list(dict.fromkeys(row["series"] for row in rows)) == names
+        assert [row["epoch"] for row in rows] == [0, 1, 2] * 2
+    assert main([*words, str(answered_run)]) == 2
+
+
+def test_another_reward_model_under_the_same_name_scores_again(answered_run, tmp_path, capsys):
+    folder = make_reward_model(tmp_path / "model", labels=["reward"])
+    words = ["rewards", str(answered_run), "--model", str(folder), "--json"]
+    first, again = (read_outcome(words, capsys) for _ in range(2))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, folder / "model.safetensors")
+    other = read_outcome(words, capsys)
+    assert first == again
+    assert [row["reward"] for row in other["rows"]] != [row["reward"] for row in first["rows"]]
 
 
 def test_bad_input_is_one_line(answered_run, reward_model, tmp_path, capsys):

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..atomic import read_jsonl, write_jsonl
 from .command import Outcome, write_outcome
+from .generate import model_files
 
 __all__ = ["add_parser", "increments", "run"]
 
@@ -49,9 +50,10 @@ def run(args: argparse.Namespace) -> Outcome:
     scorer = LazyScorer(args)
     rewards = {epoch: scored_rows(path, scorer, out) for epoch, path in files.items()}
     others = {epoch: scored_rows(path, scorer, out) for epoch, path in baseline.items()}
-    rows = increments(rewards, series=run_dir.name)
+    name, other = series_names(run_dir, args.baseline)
+    rows = increments(rewards, series=name)
     if others:
-        rows += increments(others, series=Path(args.baseline).stem, zero=rewards, scale=scale_of(rewards))
+        rows += increments(others, series=other, zero=rewards, scale=scale_of(rewards))
         if len(others) == 1:  # one file: a level line over all epochs
             rows += [{**rows[-1], "epoch": epoch} for epoch in files if epoch]
     label = "increment over epoch 0, in standard deviations across epochs"
@@ -65,6 +67,20 @@ def run(args: argparse.Namespace) -> Outcome:
             f"{row['series'][:20]:20} {row['epoch']:5d} {row['reward']:9.4f} {row['increment']:+9.2f}  {interval}"
         )
     return Outcome(data=data, text="\n".join(lines), files=written)
+
+
+def series_names(run_dir: Path, baseline: str | None) -> tuple[str, str]:
+    """What the lines of a run and its baseline are called: the last parts of their paths that tell them apart."""
+    ours = run_dir.resolve()
+    if baseline is None:
+        return ours.name, ""
+    theirs = Path(baseline).resolve()
+    theirs = theirs if theirs.is_dir() else theirs.with_suffix("")
+    for count in range(1, 1 + max(len(ours.parts), len(theirs.parts))):
+        names = tuple("/".join(path.parts[-count:]) for path in (ours, theirs))
+        if names[0] != names[1]:
+            return names
+    raise ValueError(f"--baseline {baseline}: is the run itself")
 
 
 def answer_files(run_dir: Path) -> dict[int, Path]:
@@ -170,7 +186,7 @@ class LazyScorer:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.identity = f"{args.model}\n{args.objective}"
+        self.identity = f"{args.model}\n{args.objective}\n{model_files(args.model)}"
         self._model: Any = None
 
     def score(self, conversations: Sequence[tuple[Sequence[dict[str, str]], str]]) -> list[float]:
