@@ -49,7 +49,7 @@ def test_a_sweep_trains_a_run_per_alpha_once_and_compares_them(tmp_path, capfd):
     words += ["--set", *tiny_run_options(f"model.path={model}", "epochs=1", "evaluation.every=0")]
     status, out, _ = run_main(capfd, *words)
     assert status == 0
-    rows = json.loads(out.strip().splitlines()[-1])["rows"]
+    rows = json.loads(out)["rows"]  # nothing else stands there, not even what training prints
     frozen = load_model(str(model), load_config(tmp_path / "runs" / "alpha-1" / "config.yaml").model)
     for row in rows:
         folder = tmp_path / "runs" / f"alpha-{row['alpha']:g}"
@@ -61,7 +61,7 @@ def test_a_sweep_trains_a_run_per_alpha_once_and_compares_them(tmp_path, capfd):
         assert row["reward"] is None and row["win_minus_lose"] is None
     stamp = (tmp_path / "runs" / "alpha-1" / "export" / "config.json").stat().st_mtime_ns
     status, again, _ = run_main(capfd, *words)
-    assert json.loads(again.strip().splitlines()[-1])["rows"] == rows
+    assert json.loads(again)["rows"] == rows
     assert (tmp_path / "runs" / "alpha-1" / "export" / "config.json").stat().st_mtime_ns == stamp
     status, _, error = run_main(capfd, *words, "seed=7")
     assert status == 2 and "holds a finished run of another configuration" in error
@@ -76,6 +76,10 @@ def test_a_sweep_trains_a_run_per_alpha_once_and_compares_them(tmp_path, capfd):
         (["/nowhere", "--alphas", "1,1"], "each once"),
         (["/nowhere"], "no such samples"),
         (["--runs", "x", "--config", "demo", "--verdicts", "9=f"], "--verdicts 9=f"),
+        (
+            ["--runs", "x", "--config", "demo", "--reward-model", "m", "--set", "evaluation.every=3", "epochs=4"],
+            "evaluation.every=3 with epochs=4 draws none there",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, words, message):

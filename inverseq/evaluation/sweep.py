@@ -132,13 +132,20 @@ def train_run(args: argparse.Namespace, alpha: float) -> Path:
     folder = Path(args.runs) / f"alpha-{alpha:g}"
     overrides = [*args.set, f"contrast.alpha={alpha}", f"run_dir={folder}"]
     config = load_config(args.config, overrides)
+    every = config.evaluation.every
+    if args.reward_model and (not every or config.epochs % every):
+        raise ValueError(
+            f"--reward-model: scores the test answers of the last epoch, and evaluation.every={every} with "
+            f"epochs={config.epochs} draws none there; put a divisor of the epochs into --set evaluation.every=…"
+        )
     if (folder / "export" / "config.json").is_file():
         if load_config(folder / "config.yaml") != config:
             raise ValueError(f"{folder}: holds a finished run of another configuration")
         return folder
     resume = ["--resume"] if (folder / "config.yaml").is_file() else []
     command = [sys.executable, "-m", "inverseq.cli", "--config", args.config, *resume, *overrides]
-    status = subprocess.run(command).returncode
+    sys.stderr.flush()
+    status = subprocess.run(command, stdout=2).returncode  # its table to stderr: with --json stdout is one object
     if status:
         raise EvaluationError(f"{folder}: training ended with status {status}; the same command goes on from there")
     return folder
