@@ -1,14 +1,16 @@
 """Token credit: its numbers, its spans of text, its pages and its command line."""
 
 import csv
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from inverseq.config_loading import load_config
-from inverseq.evaluation.credit import TokenCredit, credit_of, spans_of
-from inverseq.evaluation.credit_cli import main
+from inverseq.evaluation.credit import Span, TokenCredit, credit_of, spans_of
+from inverseq.evaluation.credit_cli import main, show
 from inverseq.evaluation.heatmap import MAX_SPANS, credit_html, credit_text, strongest_spans
 from inverseq.evaluation.page import escape, visible
 from inverseq.model import load_model
@@ -84,7 +86,8 @@ def test_spans_of_bytes_that_are_no_text_end(tokenizer):
 def test_hostile_text_becomes_inert_html(tokenizer):
     page = credit_html(given_credit(tokenizer, HOSTILE))
     assert "<script" not in page and "\u202e" not in page and "\x00" not in page
-    assert visible("\u202e") == "⟨U+202E⟩" and escape('"><b>') == "&quot;&gt;&lt;b&gt;"
+    assert visible("\u202e") == "⟨U+202E⟩" and visible("\u061c\u00ad") == "⟨U+061C⟩⟨U+00AD⟩"
+    assert visible("na\u200dme \ufe0f") == "na\u200dme \ufe0f" and escape('"><b>') == "&quot;&gt;&lt;b&gt;"
     assert text_of(page) == visible(HOSTILE).replace("\n", "↵\n")
 
 
@@ -141,11 +144,21 @@ def test_the_command_scores_given_texts_and_changes_sides_with_the_models(tmp_pa
     assert any(abs(value) > 1e-3 for value in json.loads(principle)[0]["credit"])
 
 
+def test_brackets_in_tokens_and_ids_are_no_markup_of_the_terminal():
+    spans = (Span(0, 1, "[/INST]"), Span(1, 2, "[red]"))
+    credit = TokenCredit("[/id]", ({"role": "user", "content": "[/b]"},), spans, np.array([1.0, -1.0]), "stop")
+    console = Console(width=100, file=io.StringIO())
+    show(console, credit)
+    shown = console.file.getvalue()
+    assert all(shown.count(text) == count for text, count in (("[/id]", 1), ("[/b]", 1), ("[/INST]", 2), ("[red]", 2)))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["/nowhere"], "holds no run"),
         (["RUN", "--epoch", "9"], "does not exist"),
+        (["RUN", "--epoch", "0"], "--epoch 0: "),
         (["RUN", "--index", "99"], "--index 99: expected 0 … 5"),
         (["RUN", "--prompt", "x"], "--prompt: expected nothing beside a run"),
         ([], "expected a run directory, or --model"),

@@ -19,6 +19,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -93,7 +94,7 @@ def credits_of_run(arguments: argparse.Namespace) -> list[TokenCredit]:
     run_dir = Path(arguments.run)
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir}: holds no run (no config.yaml)")
-    path = samples_path(run_dir, arguments.epoch) if arguments.epoch else newest_samples(run_dir)
+    path = newest_samples(run_dir) if arguments.epoch is None else samples_path(run_dir, arguments.epoch)
     if not path.is_file():
         raise ValueError(f"--epoch {arguments.epoch}: {path} does not exist")
     tokenizer = tokenizer_of_run(load_config(run_dir / "config.yaml"), run_dir)
@@ -157,7 +158,7 @@ def credits_of_texts(arguments: argparse.Namespace) -> list[TokenCredit]:
 
 def show(console: Console, credit: TokenCredit) -> None:
     """One response on the terminal: prompt, coloured answer, and its strongest tokens."""
-    console.rule(visible(credit.prompt_id))
+    console.rule(Text(visible(credit.prompt_id)))  # Text: what a model or a file wrote is no markup
     last = visible(credit.messages[-1]["content"]) if credit.messages else ""
     console.print(f"{last[:2000]}\n", style="dim", markup=False, highlight=False)
     console.print(credit_text(credit))
@@ -166,7 +167,7 @@ def show(console: Console, credit: TokenCredit) -> None:
         column.justify = "right"
     values = credit.value
     for span, one in strongest_spans(credit, 10):
-        strongest.add_row(str(span.start), repr(span.text), f"{one:+.3f}", f"{values[span.stop - 1]:+.3f}")
+        strongest.add_row(str(span.start), Text(repr(span.text)), f"{one:+.3f}", f"{values[span.stop - 1]:+.3f}")
     console.print(strongest)
     count = len(credit.credit)
     console.print(

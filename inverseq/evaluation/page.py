@@ -16,7 +16,7 @@ __all__ = ["document", "escape", "figure_svg", "table", "visible"]
 
 # Control characters and those that reorder or hide text are shown by their code point.
 UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 STYLE = """
 :root { color-scheme: light; }
