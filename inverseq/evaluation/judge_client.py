@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import threading
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_S = 1.0  # before the first repetition; doubled with each further one
 MAX_WAIT_S = 120.0  # between two tries, unless the server asks for more
+MAX_ASKED_S = 3600.0  # the most of that which is waited
 MAX_FAILURES_IN_A_ROW = 8  # questions that spent all their tries: then the server is taken for down
 RETRIED_STATUS = (408, 409, 425, 429)  # and 500 upwards
 FATAL_STATUS = (401, 403, 404)
@@ -79,7 +81,7 @@ class JudgeSettings:
 
     @property
     def api_key(self) -> str | None:
-        return os.environ.get(self.key_env) or None
+        return os.environ.get(self.key_env, "").strip() or None  # a line end of the file it came from is no part of it
 
     def check_key(self) -> None:
         """Raise ValueError when OpenAI's own server is to be asked and the environment holds no key."""
@@ -162,6 +164,7 @@ class JudgeClient:
         )
         self.lock = threading.Lock()
         self.stop = threading.Event()
+        self.ended = ""  # why
         self.num_requests = 0
         self.not_before = 0.0  # a rate limit holds for every thread
 
@@ -206,7 +209,13 @@ class JudgeClient:
         while (pause := self.not_before - time.monotonic()) > 0 and not self.stop.is_set():
             self.stop.wait(pause)
         if self.stop.is_set():
-            raise Fatal("stopped")
+            raise Fatal(self.ended or "stopped")
+
+    def end(self, reason: str) -> None:
+        """Let no thread send anything more; the first reason is the one that is told."""
+        with self.lock:
+            self.ended = self.ended or reason
+        self.stop.set()
 
     def back_off(self, attempt: int, error: Exception) -> None:
         """Let time pass before the next try: what the server asks for, else twice as long each time, with jitter."""
@@ -215,7 +224,9 @@ class JudgeClient:
         pause = min(BACKOFF_S * 2**attempt, MAX_WAIT_S) * random.uniform(0.75, 1.25)
         asked = retry_after_s(getattr(error, "response", None))
         if asked is not None or getattr(error, "status_code", None) == 429:
-            pause = max(asked or 0.0, pause if asked is None else 0.0)
+            pause = pause if asked is None else asked
+            if pause > MAX_WAIT_S:
+                logger.warning("%s asks to wait %.0f s before the next request", self.settings.server, pause)
             with self.lock:
                 self.not_before = max(self.not_before, time.monotonic() + pause)
         else:
@@ -247,11 +258,12 @@ def reply_of(completion) -> Reply:
 
 
 def retry_after_s(response) -> float | None:
-    """What a Retry-After header asks for, in seconds; None without one that is a number."""
+    """What a Retry-After header asks for, at most MAX_ASKED_S seconds; None without one that is a finite number."""
     try:
-        return max(float(response.headers["retry-after"]), 0.0)
+        asked = float(response.headers["retry-after"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
+    return min(max(asked, 0.0), MAX_ASKED_S) if math.isfinite(asked) else None
 
 
 def ask_all(
@@ -274,7 +286,11 @@ def ask_all(
     client = JudgeClient(settings)
 
     def ask(key: str) -> Reply:
-        reply = client.ask(questions[key])
+        try:
+            reply = client.ask(questions[key])
+        except Fatal as error:
+            client.end(str(error))  # here, before this thread takes the next question
+            raise
         cache.put(key, settings, reply)
         return reply
 
