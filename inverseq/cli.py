@@ -45,6 +45,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str):
+        if message.startswith("unrecognized arguments"):
+            message += "; options of the configuration are words without dashes, section.key=value"
         sys.exit(fail(2, f"error: {message} (see {PROGRAM} --help)"))
 
 

@@ -8,7 +8,6 @@ expected. Paths in a configuration are relative to the working directory.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config import Config, iter_options
+from .config_hints import describe_unknown, did_you_mean
 
 __all__ = ["config_differences", "load_config", "recipe_names", "recipe_path", "to_yaml"]
 
@@ -84,16 +84,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """``; did you mean …?`` for the nearest known word, or nothing when none is near."""
-    same_leaf = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
-    same_leaf.sort(key=lambda key: key.count("."))  # alpha is contrast.alpha rather than policy.lora.alpha
-    by_leaf = {key.rpartition(".")[2]: key for key in known}
-    near_leaf = [by_leaf[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], by_leaf, n=1)]
-    near = difflib.get_close_matches(word, known, n=1) or same_leaf or near_leaf
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def option_types() -> dict[str, str]:
     """Dotted key to type annotation of every option."""
     return {key: annotation for key, annotation, _, _ in iter_options()}
@@ -116,7 +106,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             example = next(name for name in types if name.startswith(f"{key}."))
             raise ValueError(f"{word!r}: {key} is a section; set one of its keys, for example {example}=…")
         if key not in types:
-            raise ValueError(f"{word!r}: unknown key {key}{did_you_mean(key, [*types])}")
+            raise ValueError(f"{word!r}: unknown key {key}{describe_unknown(key, [*types])}")
         if key in values:
             raise ValueError(f"{word!r}: {key} is given twice")
         values[key] = parse_value(text, types[key])
@@ -183,7 +173,7 @@ def check_keys(node: yaml.MappingNode, path: Path, prefix: str = "") -> None:
         if key not in sections:
             if key not in known:
                 names = known if prefix else [*sections, *known]
-                raise ValueError(f"{where}: unknown key {key}{did_you_mean(key, names)}")
+                raise ValueError(f"{where}: unknown key {key}{describe_unknown(key, names)}")
             continue
         if isinstance(value_node, yaml.ScalarNode) and value_node.value in ("", "null", "~"):
             continue

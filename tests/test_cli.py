@@ -80,6 +80,7 @@ def test_the_version_is_the_packages(capsys):
         (["--config"], "expected one argument"),
         (["--conf", "demo"], "required: --config"),
         (["--config", "demo", "--fast"], "unrecognized arguments: --fast"),
+        (["--config", "demo", "--epochs", "3"], "options of the configuration are words without dashes"),
         (["--config", "dmeo"], "did you mean demo?"),
         (["--config", "none.yaml"], "no such file"),
         (["--config", "demo", "foo"], "expected section.key=value"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inverseq.config import Config, iter_options
+from inverseq.config_hints import OTHER_TRAINERS
 from inverseq.config_loading import config_differences, load_config, recipe_names, recipe_path, to_yaml
 
 RECIPES = ["demo", "vicuna-13b", "vicuna-7b", "zephyr-7b-beta", "zephyr-7b-sft"]
@@ -204,6 +205,42 @@ def test_the_initial_model_cannot_be_both_kept_and_replaced():
 
 def test_an_unknown_key_without_a_near_one_suggests_nothing():
     assert "did you mean" not in error_of("demo", "qqqq.zzzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("learning_rate=1e-5", "did you mean optim.lr?"),
+        ("optim.learning_rate=1e-5", "did you mean optim.lr?"),
+        ("num_generations=4", "did you mean sampling.samples_per_prompt?"),
+        ("actor_rollout_ref.rollout.n=4", "did you mean sampling.samples_per_prompt?"),
+        ("sampling.temperature=0.7", "unknown key sampling.temperature: responses are drawn untempered"),
+        ("sampling.top_p=0.9", "unknown key sampling.top_p: responses are drawn untempered"),
+        ("beta=0.1", "unknown key beta: the loss has no KL term"),
+        ("gradient_accumulation_steps=2", "optim.samples_per_step is the batch of a step"),
+        ("optim.beta=[0.9,0.95]", "did you mean optim.betas?"),
+    ],
+)
+def test_the_words_of_other_trainers_are_translated(override, hint, tmp_path):
+    assert hint in error_of("demo", override)
+    key, _, value = override.partition("=")
+    *sections, leaf = key.split(".")
+    if sections in ([], ["optim"], ["sampling"]):
+        file = tmp_path / "config.yaml"
+        file.write_text(f"{sections[0]}: {{{leaf}: {value}}}\n" if sections else f"{leaf}: {value}\n")
+        assert hint in error_of(str(file))
+
+
+def test_every_key_that_a_translation_names_exists_and_no_key_is_translated():
+    keys = {key for key, *_ in iter_options()}
+    assert not {*OTHER_TRAINERS} & {key.rpartition(".")[2] for key in keys}
+    for word, translated in OTHER_TRAINERS.items():
+        assert {*re.findall(r"[a-z_]+\.[a-z_.]*[a-z_]", translated)} <= keys, word
+        assert " " in translated or translated in keys, word
+
+
+def test_a_key_that_shares_only_its_section_is_not_suggested():
+    assert "did you mean" not in error_of("demo", "sampling.server.qqqq=1")
 
 
 def test_an_override_given_twice_is_an_error():
