@@ -65,7 +65,7 @@ def dry_run(config: Config, *, resume: bool = False, hardware: str = "", world_s
 
 def without_device(config: Config) -> Config:
     """The configuration without what only the machine that trains must have."""
-    model = dataclasses.replace(config.model, device="auto")
+    model = dataclasses.replace(config.model, device="auto", attention="auto", fused_layers=False)
     return dataclasses.replace(config, model=model, engine=dataclasses.replace(config.engine, kernel_backend="auto"))
 
 

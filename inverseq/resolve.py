@@ -18,12 +18,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from .attention import check_backend
 from .chat import ChatRenderer, load_chat_template, load_principle
 from .checkpoint import check_or_offer_older, checkpoint_epoch, latest_checkpoint
 from .config import Config, ModelConfig
 from .distributed import Ranks
+from .fused_layers import check_fused_layers
 from .lora import check_lora
-from .model import resolve_device
+from .model import resolve_device, resolve_dtype
 from .packing import write_pack
 from .prompts import PromptStream, ReadReport, load_prompts
 from .records import PackedViews, Prompt, RenderedPrompt, Response, Sample
@@ -159,6 +161,9 @@ def check_environment(config: Config) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if config.engine.kernel_backend == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(f"engine.kernel_backend='triton': needs a CUDA device, and the device is {device.type}")
+    check_backend(config.model.attention, device, resolve_dtype(config.model, device))
+    if config.model.fused_layers:
+        check_fused_layers(device)
     if config.policy.lora.rank:
         check_lora()
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
@@ -207,7 +212,10 @@ def load_model_config(key: str, path: str, config: ModelConfig) -> PretrainedCon
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{key}={path!r}: the model's configuration cannot be loaded: {first_line(error)}") from error
+        where = "" if Path(path).is_dir() else "no such folder, and as a hub id "
+        raise ValueError(
+            f"{key}={path!r}: {where}the model's configuration cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(key: str, path: str, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -298,6 +306,11 @@ def load_test_prompts(
         test_prompts = [item for item in rendered if len(item.policy_ids) <= limit]
         dropped = len(rendered) - len(test_prompts)
         logger.info("test prompts: %s; dropped %d over %d tokens", report, dropped, limit)
+    if not test_prompts:
+        raise ValueError(
+            f"evaluation.every={config.evaluation.every}: there is no test prompt to answer; expected a file in "
+            f"evaluation.prompts, or prompts.held_out over 0"
+        )
     count = config.evaluation.num_prompts or len(test_prompts)
     if not 0 < count <= len(test_prompts):
         raise ValueError(

@@ -87,6 +87,7 @@ def test_what_does_not_fit_says_so_and_what_to_change(models, tmp_path):
 
 def test_a_run_is_placed_on_gpus_that_are_not_there(models, tmp_path):
     overrides = ("model.device=cuda", "engine.kernel_backend=triton", "sampling.samples_per_epoch=21")
+    overrides += ("model.attention=flash_attn", "model.fused_layers=true")
     text = dry_run(config_for(tmp_path, models, *overrides), hardware="8xA800").text
     assert "device: cuda" in text and "Placement on 8xA800, 8 ranks" in text
     assert re.search(r"estimated for each GPU; P = [\d,]+, b = 2, N = 8", text)

@@ -217,9 +217,8 @@ def test_test_prompts_come_from_their_own_file_and_long_ones_are_dropped(models,
     assert "dropped 1 over 384 tokens" in caplog.text
     message = error_of(config_for(tmp_path, models / "tiny", *options, "evaluation.num_prompts=3"))
     assert "evaluation.num_prompts=3" in message and "2 test prompts" in message
-    assert "0 test prompts" in error_of(
-        config_for(tmp_path, models / "tiny", "evaluation.every=1", "prompts.held_out=0")
-    )
+    message = error_of(config_for(tmp_path, models / "tiny", "evaluation.every=1", "prompts.held_out=0"))
+    assert "evaluation.every=1: there is no test prompt" in message and "prompts.held_out" in message
 
 
 def test_devices_packages_and_folders_that_are_not_there_are_named(models, tmp_path, monkeypatch):
@@ -229,11 +228,14 @@ def test_devices_packages_and_folders_that_are_not_there_are_named(models, tmp_p
         ("contrast.principle=unknown",): "contrast.principle='unknown'",
         ("model.chat_template=unknown",): "model.chat_template='unknown'",
         ("prompts.held_out=12",): "prompts.held_out=12",
+        ("model.path=nowhere",): "model.path='nowhere': no such folder, and as a hub id the model's configuration",
     }
     if not torch.cuda.is_available():
         rows |= {
             ("model.device=cuda",): "model.device='cuda'",
             ("engine.kernel_backend=triton",): "engine.kernel_backend",
+            ("model.attention=flash_attn",): "model.attention='flash_attn': it needs a CUDA device",
+            ("model.fused_layers=true",): "model.fused_layers=True: liger-kernel's layers need a CUDA device",
         }
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for overrides, expected in rows.items():
