@@ -37,7 +37,8 @@ PACKAGE = Path(__file__).parent
 BREAK = "\u200b"  # zero-width space
 PROBE = "Xq7vZk"  # stands for a message's text while the template is examined
 SYSTEM_PROBE = "Jw4pTb"
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError)  # a template adds None to text, or reads a missing key
+# What a template's own text can do wrong, beyond its syntax: add None to text, read a missing key, divide by zero …
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError)
 
 
 def load_principle(name: str) -> str | None:
@@ -89,6 +90,9 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.tokenizer_name = tokenizer.name_or_path or type(tokenizer).__name__
         self.chat_template = chat_template
+        self.template_name = f"the chat template of {self.tokenizer_name}"
+        if chat_template is not None:
+            self.template_name = "the template of model.chat_template"
         self.principle_text = principle_text
         self.plain_system = plain_system
         self._control_pattern = _control_pattern(tokenizer)
@@ -161,7 +165,7 @@ class ChatRenderer:
         except TEMPLATE_ERRORS as error:
             if len(prompts) == 1:
                 raise ValueError(
-                    f"prompt {prompts[0].id}: the chat template of {self.tokenizer_name} refuses it: {error}"
+                    f"prompt {prompts[0].id}: {self.template_name} refuses it: {error}"
                 ) from error
         # One of them is refused: render one by one, so that the error names it.
         return [self._render_texts([one], [turns])[0] for one, turns in zip(prompts, conversations, strict=True)]
@@ -182,12 +186,12 @@ class ChatRenderer:
             [bare] = self._apply_template([[user]])
         except TEMPLATE_ERRORS as error:
             raise ValueError(
-                f"the chat template of {self.tokenizer_name} fails on a single user message ({error}): "
+                f"{self.template_name} fails on a single user message ({error}): "
                 f"pass another one by model.chat_template"
             ) from error
         if PROBE not in bare:
             raise ValueError(
-                f"the chat template of {self.tokenizer_name} leaves out user messages: "
+                f"{self.template_name} leaves out user messages: "
                 f"pass another one by model.chat_template"
             )
         try:
@@ -211,12 +215,12 @@ class ChatRenderer:
             [plain] = self._apply_template([self.conversation(prompt, None)])
             if self.default_system in plain:
                 raise ValueError(
-                    f"contrast.plain_system='': the chat template of {self.tokenizer_name} puts its own system text in "
+                    f"contrast.plain_system='': {self.template_name} puts its own system text in "
                     f"place of an empty one ({self.default_system!r}); pass a text, or null to keep the template's"
                 )
         if not all(len(ids) for ids in self.render(prompt).prefix_ids[:-1]):
             raise ValueError(
-                f"the chat template of {self.tokenizer_name} shows the same text with and without principle"
+                f"{self.template_name} shows the same text with and without principle"
             )
 
 

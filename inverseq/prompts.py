@@ -4,7 +4,7 @@ Formats, decided by a source's first row and then required of every row:
 - HH: ``chosen`` and ``rejected`` texts of "\\n\\nHuman: … \\n\\nAssistant: …" turns. The prompt is what both share
   up to the last Assistant turn; the final answers are discarded.
 - messages: ``messages``, a list of {"role", "content"}; a final assistant message is discarded.
-- prompt: ``prompt``, the text of one user turn.
+- prompt: ``prompt``, the text of one user turn, or messages as above; ``chosen`` and ``rejected`` beside it are unread.
 A row may carry a ``category``. Rows that hold no usable conversation are counted in the report; rows that are not of
 the format are errors naming file and line. Left out: rendering, which a ``Renderer`` (chat.py) does.
 """
@@ -71,6 +71,8 @@ def load_prompts(source: str | Path) -> tuple[list[Prompt], ReadReport]:
     """
     if str(source).startswith("hf:"):
         name, _, split = str(source)[len("hf:") :].partition(":")
+        if not name:
+            raise ValueError(f"{source}: expected hf:NAME or hf:NAME:SPLIT")
         stem, rows = f"{name}:{split or 'train'}", _dataset_rows(name, split or "train")
     else:
         path = BUNDLED if source == "bundled" else Path(source).expanduser()
@@ -104,12 +106,12 @@ def _parse_rows(rows: Iterator[Row], stem: str, report: ReadReport) -> tuple[lis
 
 
 def _choose_format(where: str, row: dict) -> tuple[str, Parser]:
-    if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
-        return "HH", _parse_hh
     if "messages" in row:
         return "messages", _parse_messages
     if "prompt" in row:
         return "prompt", _parse_prompt
+    if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
+        return "HH", _parse_hh
     keys = ", ".join(map(str, row)) or "none"
     raise ValueError(f"{where}: expected the keys chosen and rejected (texts), messages, or prompt; found {keys}")
 
@@ -132,13 +134,14 @@ def _parse_hh(where: str, row: dict, notes: Counter) -> tuple[Message, ...]:
     return messages
 
 
-def _parse_messages(where: str, row: dict, notes: Counter) -> tuple[Message, ...]:
-    turns = row["messages"]
+def _parse_messages(where: str, row: dict, notes: Counter, key: str = "messages") -> tuple[Message, ...]:
+    turns = row.get(key)
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where}: messages: expected a list of messages, found {_kind(turns)}")
+        found = _kind(turns) if key in row else "no such key"
+        raise ValueError(f"{where}: {key}: expected a list of messages, found {found}")
     messages = []
     for index, turn in enumerate(turns):
-        here = f"{where}: messages[{index}]"
+        here = f"{where}: {key}[{index}]"
         if not isinstance(turn, dict):
             raise ValueError(f"{here}: expected an object with role and content, found {_kind(turn)}")
         role = _text(here, turn, "role")
@@ -153,6 +156,8 @@ def _parse_messages(where: str, row: dict, notes: Counter) -> tuple[Message, ...
 
 
 def _parse_prompt(where: str, row: dict, notes: Counter) -> tuple[Message, ...]:
+    if isinstance(row.get("prompt"), list):
+        return _parse_messages(where, row, notes, key="prompt")
     text = _text(where, row, "prompt")
     if not text.strip():
         raise ValueError(f"{where}: prompt: expected a text, found an empty one")

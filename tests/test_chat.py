@@ -294,9 +294,12 @@ def test_errors_name_the_tokenizer_and_what_to_pass(tmp_path):
         ChatRenderer(nameless)
     with pytest.raises(ValueError, match=r"has no EOS token"):
         ChatRenderer(chatml_tokenizer(CHATML_DEFAULT, bos_token="<|im_start|>"))
-    for broken in ("{% for %}", "{{ raise_exception('no') }}", "{{ bos_token + 'x' }}", "{{ messages[0]['no']['x'] }}"):
-        with pytest.raises(ValueError, match=r"fails on a single user message.*model\.chat_template"):
-            ChatRenderer(chatml_tokenizer(broken))
+    broken = ("{% for %}", "{{ raise_exception('no') }}", "{{ bos_token + 'x' }}", "{{ messages[0]['no']['x'] }}")
+    for template in (*broken, "{{ 1 / 0 }}", "{{ '%d' % messages[0]['content'] }}", "{{ 'a'.encode('none') }}"):
+        with pytest.raises(ValueError, match=r"template of \S+ fails on a single user message.*model\.chat_template"):
+            ChatRenderer(chatml_tokenizer(template))
+        with pytest.raises(ValueError, match=r"^the template of model\.chat_template fails on a single user message"):
+            ChatRenderer(chatml_tokenizer(), chat_template=template)
     with pytest.raises(ValueError, match="leaves out user messages"):
         ChatRenderer(chatml_tokenizer("constant"))
     with pytest.raises(ValueError, match="plain_system=''.*house model.*null"):

@@ -117,6 +117,18 @@ def test_prompt_rows_are_one_user_turn_kept_as_written(tmp_path):
     assert prompt.messages == ({"role": "user", "content": " ½ \n"},) and report.format == "prompt"
 
 
+def test_a_prompt_of_messages_is_a_conversation_and_answers_beside_a_prompt_are_not_read(tmp_path):
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
+    answers = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        {"prompt": [system, user], **answers},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    )
+    prompts, report = load_prompts(path)
+    assert [list(prompt.messages) for prompt in prompts] == [[system, user], [user]] and report.format == "prompt"
+
+
 BAD_FILES = {
     "not an object": ([{"prompt": "a"}, [1]], ":2: expected a JSON object, found a list"),
     "not JSON": ([{"prompt": "a"}, b"", b"{oops"], ":3: is not JSON"),
@@ -125,6 +137,9 @@ BAD_FILES = {
     "no known key": ([{"text": "a", "n": 1}], "expected the keys chosen and rejected.*found text, n"),
     "empty prompt": ([{"prompt": "a"}, {"prompt": " \n"}], ":2: prompt: expected a text, found an empty one"),
     "another format": ([{"prompt": "a"}, {"messages": []}], ":2: prompt: expected a text, found no such key"),
+    "messages, then none": ([{"messages": [{"role": "user", "content": "q"}]}, {"prompt": "a"}], "found no such key"),
+    "prompt of bad messages": ([{"prompt": [{"role": "user"}]}], r":1: prompt\[0\]: content: .*no such key"),
+    "no messages in prompt": ([{"prompt": []}], ":1: prompt: expected a list of messages, found an empty list"),
     "prompt is a number": ([{"prompt": 3}], ":1: prompt: expected a text, found a number"),
     "half HH": ([hh_row("a"), {"chosen": hh_row("a")["chosen"]}], ":2: rejected: .*found no such key"),
     "no messages": ([{"messages": []}], "messages: expected a list of messages, found an empty list"),
@@ -156,7 +171,7 @@ def test_bad_files_are_one_error_with_file_and_line(tmp_path, name):
 
 def test_what_cannot_be_read_is_one_error(tmp_path):
     assert "no such file" in load_error(tmp_path / "absent.jsonl") and "hf:NAME" in load_error("Anthropic/hh-rlhf")
-    assert "is a folder" in load_error(tmp_path)
+    assert "is a folder" in load_error(tmp_path) and load_error("hf:") == "hf:: expected hf:NAME or hf:NAME:SPLIT"
     rng = np.random.default_rng(0)
     rows = [{"prompt": rng.bytes(60).hex()} for _ in range(200)]
     whole = write_rows(tmp_path / "rows.jsonl.gz", *rows).read_bytes()
