@@ -110,7 +110,8 @@ class Freshness:
             if not getattr(sampler, "is_static", False):
                 raise StaleWeightsError(message)
             logger.warning("static weights, off-policy samples: %s", message)
-        logger.info("%s at step %d: %s", sampler.name, weights_step, metrics)
+        gaps = ", ".join(f"{key}={value:.2g}" for key, value in metrics.items())
+        logger.info("%s probed at step %d: %s", sampler.name, weights_step, gaps)
         self.answer = answer
         return metrics
 

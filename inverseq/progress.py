@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as LiveBars
 from rich.table import Table
 
-from .metrics import read_metrics
+from .metrics import metrics_path, read_metrics
 
 __all__ = ["Progress", "epoch_table"]
 
@@ -37,7 +37,11 @@ COLUMNS = (
     ("train\ns", "train_duration_s", ".1f"),
     ("train\ntokens/s", "train_tokens_per_second", ",.0f"),
 )
-TABLE_WIDTH = 118  # where the output is no terminal
+LEFT_OUT_FIRST = (  # on a terminal that is too narrow for the table, headings in this order
+    *("train\ntokens/s", "score\ns", "sample\ns", "train\ns", "ended\nby EOS", "response\ntokens", "rms\nlog ratio"),
+    *("KL to\ninitial", "KL to\nplain", "loss"),
+)
+UNLIMITED_WIDTH = 1000  # of output that is no terminal: as wide as the table is
 
 
 class Progress:
@@ -85,14 +89,30 @@ class Progress:
             return
         console = Console()
         if not console.is_terminal:
-            console = Console(width=TABLE_WIDTH)
-        console.print(epoch_table(read_metrics(run_dir, "epoch")))
+            console = Console(width=UNLIMITED_WIDTH)
+        table, left_out = fitting_table(read_metrics(run_dir, "epoch"), console.width)
+        console.print(table)
+        if left_out:
+            names = ", ".join(heading.replace("\n", " ") for heading in left_out)
+            print(f"too wide for {console.width} columns, in {metrics_path(run_dir)}: {names}")
         print(f"run directory: {run_dir}", flush=True)
 
 
-def epoch_table(rows: list[dict[str, Any]]) -> Table:
+def fitting_table(rows: list[dict[str, Any]], width: int) -> tuple[Table, list[str]]:
+    """The table of so many columns of text at most, and the headings that had to go for it: no number is cut."""
+    ruler, shown = Console(width=UNLIMITED_WIDTH), {column.header for column in epoch_table(rows).columns}
+    droppable = [heading for heading in LEFT_OUT_FIRST if heading in shown]
+    for count in range(len(droppable) + 1):
+        table = epoch_table(rows, droppable[:count])
+        if ruler.measure(table).maximum <= width:
+            break
+    return table, droppable[:count]
+
+
+def epoch_table(rows: list[dict[str, Any]], left_out: Sequence[str] = ()) -> Table:
     """One line per epoch row; a metric that a row lacks is shown as –, a column that no row has is left out."""
-    columns = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    columns = [column for column in COLUMNS if column[0] not in left_out]
+    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     table = Table(*(heading for heading, _, _ in columns), box=SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -140,11 +141,13 @@ def test_greedy_tokens_are_the_trainers_own():
     assert len(greedy_tokens(model, PROMPT, 16, stop_ids=(stop,), num_valid_vocab=NUM_WORDS)) == first + 1
 
 
-def test_the_probe_of_the_embedded_engine_is_its_greedy_continuation():
+def test_the_probe_of_the_embedded_engine_is_its_greedy_continuation(caplog):
     model = longer_model()
     sampler = make_sampler(SamplingConfig(), model, make_tokenizer(), num_valid_vocab=NUM_WORDS)
     check = freshness()
-    check.sync(sampler, model, 3)
+    with caplog.at_level("INFO", logger="inverseq"):
+        check.sync(sampler, model, 3)
+    assert re.search(r"transformers probed at step 3: probe_greedy_gap=\S+, probe_logprob_gap=\S+$", caplog.text, re.M)
     assert check.row["probe_logprob_gap"] < 1e-5 and check.row["probe_greedy_gap"] < 1e-5
     answer, (ids, logprobs) = sampler.probe(PROMPT, 16), exact_greedy(model, 16)
     assert answer.token_ids.tolist() == ids.tolist()

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from inverseq.config import LoggingConfig
 from inverseq.metrics import MetricsLog, metrics_path, read_metrics
-from inverseq.progress import Progress
+from inverseq.progress import COLUMNS, Progress, fitting_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = LoggingConfig(tensorboard=False)
@@ -176,6 +177,18 @@ def test_where_there_is_no_terminal_a_phase_is_one_plain_line(tmp_path, capfd):
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines if line and line[0].isdigit()] == ["0", "1", "2", "3"]
     assert ["epoch", "(log", "ratio)²"] in lines  # columns that no row has are left out
+
+
+@pytest.mark.parametrize("width", [140, 100, 80, 60, 40])
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(width, capfd):
+    rows = [{key: epoch if key == "epoch" else 1234.5678 for _, key, _ in COLUMNS} for epoch in (0, 10)]
+    table, left_out = fitting_table(rows, width)
+    Console(width=width).print(table)
+    out, _ = capfd.readouterr()
+    assert "…" not in out and max(map(len, out.splitlines())) <= width
+    assert len(table.columns) + len(left_out) == len(COLUMNS) and bool(left_out) == (width < 140)
+    assert out.count("1234.5678") == 2 * sum("4f" in spec for heading, _, spec in COLUMNS if heading not in left_out)
+    assert [column.header for column in table.columns][:2] == ["epoch", "held-out\n(log ratio)²"]
 
 
 def test_on_a_terminal_a_phase_is_a_live_bar(tmp_path):
