@@ -2,20 +2,30 @@
 
 ``RUN/config.yaml`` is the first file of a run, so a folder belongs to the run whose configuration it holds. A resumed
 run may differ in what does not change its results (where it stands, what it logs, how many checkpoints it keeps) and,
-under the constant schedule, in its number of epochs.
+under the constant schedule, in its number of epochs. One process at a time writes there.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import IO
 
 from .atomic import atomic_file
 from .config import Config, ServerConfig
 from .config_loading import config_differences, load_config, to_yaml
 
-__all__ = ["check_run_directory", "has_begun", "write_run_config"]
+__all__ = ["check_run_directory", "has_begun", "sole_writer", "write_run_config"]
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"  # hidden, so that a folder that holds it alone counts as empty
 
 RESUMABLE_KEYS = ("run_dir", "logging.tensorboard", "logging.wandb", "checkpoint.keep_last")
 RESUMABLE_KEYS += tuple(
@@ -48,6 +58,41 @@ def check_run_directory(config: Config, *, resume: bool) -> Path:
         raise ValueError(f"{where}: holds this run already; --resume continues it, or choose another run_dir")
     check_writable(run_dir, where)
     return run_dir
+
+
+@contextmanager
+def sole_writer(config: Config, *, resume: bool) -> Iterator[None]:
+    """Make the run directory and hold it while the block runs; a process that dies lets go of it.
+
+    A directory in which no run has begun by the end goes again. Raises ValueError when another process holds it, or has
+    begun a run there since it was checked. Where the file system knows no locks the log says that there is none.
+    """
+    run_dir, where = Path(config.run_dir).expanduser(), f"run_dir={config.run_dir!r}"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / LOCK, "w") as file:
+        if not is_locked_by_us(file, where):
+            raise ValueError(f"{where}: another process trains there; wait for it, or choose another run_dir")
+        try:
+            check_run_directory(config, resume=resume)
+            yield
+        finally:
+            if not has_begun(config):
+                (run_dir / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # it holds something else
+                    run_dir.rmdir()
+
+
+def is_locked_by_us(file: IO[str], where: str) -> bool:
+    """Take the lock on an open file, if it is free and the file was not removed meanwhile; at once."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            raise
+        logger.warning("%s: cannot be locked (%s): start no other run there", where, error.strerror)
+    return os.fstat(file.fileno()).st_nlink > 0
 
 
 def has_begun(config: Config) -> bool:

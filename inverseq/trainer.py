@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from .export import export_model
 from .overlap import sample_and_score
 from .packing import pack_views
 from .records import RenderedPrompt, Sample, ScoredSamples
-from .resolve import resolve
-from .run_directory import has_begun, write_run_config
+from .resolve import Resolved, resolve
+from .run_directory import has_begun, sole_writer, write_run_config
 from .run_state import State, build_state, last_refresh, refresh_frozen, restore, save
 from .sample_files import eval_path, held_out_path, samples_path, write_evaluation, write_samples
 from .sampling import sample_responses
@@ -63,6 +64,13 @@ def train_ranks(config: Config, ranks: Ranks, *, resume: bool) -> Path:
     """``train`` as one of several processes."""
     resolved = resolve(config, resume=resume, ranks=ranks)
     ranks.barrier()  # a rank that is ahead must not write what another one still checks
+    with sole_writer(config, resume=resume) if ranks.is_main else nullcontext():
+        return train_resolved(resolved, ranks, resume=resume)
+
+
+def train_resolved(resolved: Resolved, ranks: Ranks, *, resume: bool) -> Path:
+    """``train_ranks`` from checked settings, in a run directory that is this run's alone."""
+    config = resolved.config
     checkpoint = latest_checkpoint(resolved.run_dir) if resume else None
     state = build_state(resolved, ranks)
     if ranks.is_main:

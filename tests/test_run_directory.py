@@ -1,11 +1,14 @@
 """A run directory is new, or belongs to the configuration that is resumed; nothing is overwritten."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from inverseq.config_loading import load_config
-from inverseq.run_directory import check_run_directory, write_run_config
+from inverseq.run_directory import check_run_directory, sole_writer, write_run_config
 
 
 def config_for(run_dir, *overrides):
@@ -87,3 +90,45 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_a_damaged_configuration_in_the_run_directory_is_reported(started_run):
     (started_run / "config.yaml").write_text("model: [")
     assert "cannot be read" in error_of(config_for(started_run), resume=True)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from inverseq.config_loading import load_config
+from inverseq.run_directory import sole_writer, write_run_config
+config = load_config("demo", [f"run_dir={sys.argv[1]}"])
+with sole_writer(config, resume=False):
+    write_run_config(config, Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_only_one_process_writes_and_a_killed_one_lets_go(tmp_path):
+    run_dir, pipes = tmp_path / "run", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run_dir)], **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="another process trains there"):
+                sole_writer(config_for(run_dir), resume=resume).__enter__()
+        holder.send_signal(signal.SIGKILL)
+    with sole_writer(config_for(run_dir), resume=True):
+        pass
+
+
+def test_a_run_begun_since_the_check_is_not_written_over(tmp_path):
+    config = config_for(tmp_path / "run")
+    check_run_directory(config, resume=False)
+    write_run_config(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume continues it"):
+        sole_writer(config, resume=False).__enter__()
+    with sole_writer(config, resume=True):  # the refusal let go of the lock
+        pass
+
+
+def test_a_folder_in_which_no_run_began_goes_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt), sole_writer(config_for(tmp_path / "run"), resume=False):
+        assert (tmp_path / "run").is_dir()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
