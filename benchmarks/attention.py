@@ -5,21 +5,21 @@
 One layer with the heads of a 7B model (32 query heads of 128; as many key heads, and 8). For each backend that serves:
 milliseconds of the scoring forward, of the scoring forward over a pack with a shared principle, and of forward and
 backward without one, interleaved, medians with 20th and 80th percentiles; and the error of the outputs relative to
-fp32 attention of the same 16-bit inputs. A backend that cannot serve is a row that says why. On a CPU: fp32, tiny,
-elapsed time, to try the script.
+fp32 attention of the same 16-bit inputs. A backend that cannot serve is a row that says why. Rows of one number of key
+heads are on disk before the next is measured. On a CPU: fp32, tiny, elapsed time, to try the script.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from epoch_time_inputs import make_samples
+from gpu_suite_clock import Clock
 from gpu_suite_report import command_line, commit, device_name, versions
 from torch import Tensor, nn
 
@@ -71,22 +71,14 @@ def passes(backend: str, packs: tuple[PackedViews, PackedViews], key_heads: int,
     }
 
 
-def elapsed_ms(work: Callable[[], Tensor], on_cuda: bool) -> float:
-    if on_cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
-
-
-def measure(packs: tuple[PackedViews, PackedViews], key_heads: int, dtype: torch.dtype, reps: int) -> list[dict]:
+def measure(
+    packs: tuple[PackedViews, PackedViews], key_heads: int, dtype: torch.dtype, *, reps: int, backends: Sequence[str]
+) -> list[dict]:
     """A row for every backend and pass."""
-    on_cuda = packs[0].input_ids.is_cuda
+    clock = Clock(0.0)
     truth = {name: work() for name, work in passes("sdpa", packs, key_heads, torch.float32).items()}
     rows, ready = [], {}
-    for backend in BACKENDS:
+    for backend in backends:
         try:
             works = passes(backend, packs, key_heads, dtype)
             for name, work in works.items():
@@ -98,7 +90,7 @@ def measure(packs: tuple[PackedViews, PackedViews], key_heads: int, dtype: torch
     times = {key: [] for key in ready}
     for _ in range(reps):
         for key, (work, _) in ready.items():
-            times[key].append(elapsed_ms(work, on_cuda))
+            times[key].append(clock.time_ms(work))
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     for (backend, name), (_, facts) in ready.items():
         values = torch.tensor(times[backend, name], dtype=torch.float64).quantile(quantiles).tolist()
@@ -112,6 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append rows to this file")
     parser.add_argument("--tokens", type=int, default=16_384 if torch.cuda.is_available() else 1024)
     parser.add_argument("--reps", type=int, default=20 if torch.cuda.is_available() else 3)
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="only these (default: all)")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -121,17 +114,14 @@ def main() -> None:
     facts |= {"device": device_name(), "measured": device.type == "cuda", "command": command_line()}
     facts |= {"commit": commit(), "versions": versions()}
     facts |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    rows = [
-        facts | {"key_heads": key_heads} | row
-        for key_heads in (QUERY_HEADS, 8)
-        for row in measure(packs, key_heads, dtype, arguments.reps)
-    ]
-    for row in rows:
-        cells = row["failure"] or f"{row['pass']:26} {row['ms']:8.3f} ms  error {row['error']:.1e}"
-        print(f"{row['key_heads']:3} key heads  {row['backend']:10} {cells}")
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    for key_heads in (QUERY_HEADS, 8):
+        rows = measure(packs, key_heads, dtype, reps=arguments.reps, backends=arguments.backend or BACKENDS)
+        for row in rows:
+            cells = row["failure"] or f"{row['pass']:26} {row['ms']:8.3f} ms  error {row['error']:.1e}"
+            print(f"{key_heads:3} key heads  {row['backend']:10} {cells}", flush=True)
+        if arguments.out:
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(facts | {"key_heads": key_heads} | row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

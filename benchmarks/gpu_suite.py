@@ -4,11 +4,13 @@
     PYTHONPATH=.:kernels python benchmarks/gpu_suite.py --smoke --out DIR        # tiny; also on a CPU
 
 From a source checkout with torch >= 2.11 and triton >= 3.6; nothing needs installing. In order: kernels compiled by all
-processors, smoke over every kernel, correctness in bf16 against float64, ``pytest -m gpu``, compute-sanitizer where it
-exists, timing, the backends of packed attention, a short epoch_time.py (these two need the C++ packer). Every step is
-a process of its own, so that one that crashes or hangs costs the others nothing; the end of its output is kept in
-DIR/steps.txt. Rows are on disk as they come (DIR/gpu_suite.json); a table, the goals and plots follow at the end. No
-new shape starts once the time budget is used up. Exit status 1 when anything but a timing failed.
+processors, smoke over every kernel, correctness in bf16 against float64, ``pytest -m gpu``, timing, the backends of
+packed attention, a short epoch_time.py (these two need the C++ packer), and with what time is left compute-sanitizer
+where it exists. Every step is a process of its own, killed with all that it started once its time is over, so that one
+that crashes or hangs costs the others nothing; DIR/step.log is the output of the one that runs, and the end of each is
+kept in DIR/steps.txt. Rows are on disk as they come (DIR/gpu_suite.json); a table, the goals and plots follow at the
+end. Timing starts no new shape where the steps behind it need the time. Exit status 1 when anything but a timing
+failed.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from gpu_suite_goals import goal_lines  # noqa: E402
 from gpu_suite_report import Results, command_line, short, table_lines  # noqa: E402
 from gpu_suite_steps import (  # noqa: E402
     DEVICE_LOST,
+    ITEM,
     run_attention,
     run_compilation,
     run_epoch_time,
@@ -63,19 +66,23 @@ SMOKE_SHAPES = (
 )
 CORRECTNESS_SHAPES = (Shape(8192, 32_000, 4096, ops=ALL_OPS), Shape(2048, 128_256, 4096, ops=ALL_OPS))
 PARTS = ("smoke", "correctness", "timing")  # what runs in this program; each as a process of its own
-PART_S = {"smoke": 150.0, "correctness": 90.0, "timing": 360.0}  # the most that one process of each may take
-EPOCH_TIME_S = 120.0  # the most that the last step may take
+LIMIT_S = {True: 530.0, False: 2400.0}  # seconds in all on a GPU, and in the interpreter
+# The most that each step may take on a GPU, in seconds; none goes past the whole command's limit.
+STEP_S = {"compilation": 60.0, "smoke": 100.0, "correctness": 60.0, "tests": 120.0}
+STEP_S |= {"attention": 45.0, "epoch_time": 100.0, "sanitizer": 75.0}
+KEPT_S = STEP_S["attention"] + STEP_S["epoch_time"]  # timing starts no operation that would end in these
+OVERTIME_S = 60.0  # of them, in which timing may end what it has started, torch.compile included
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--smoke", action="store_true", help="every step on tiny shapes; also on a CPU")
-    parser.add_argument("--budget-s", type=float, default=350.0, help="no new shape after this (default: %(default)s)")
+    parser.add_argument("--limit-s", type=float, help=f"seconds in all (default: {LIMIT_S[True]:.0f} on a GPU)")
     parser.add_argument("--part", choices=PARTS, help="only this part, here (what the command starts by itself)")
     parser.add_argument("--first", type=int, default=0, help="with --part: leave out what stands before this")
     arguments = parser.parse_args()
-    clock = Clock(arguments.budget_s)
+    clock = Clock(LIMIT_S[torch.cuda.is_available()] if arguments.limit_s is None else arguments.limit_s)
     if not clock.on_gpu and not arguments.smoke:
         parser.error("no CUDA device: only --smoke runs on a CPU")
     results = Results(arguments.out, command_line())
@@ -93,18 +100,19 @@ def main() -> int:
 def run_steps(arguments: argparse.Namespace, results: Results, clock: Clock) -> None:
     """All steps in order; what happens in one does not keep the next from running."""
     results.path.unlink(missing_ok=True)  # the parts add to the file
-    run_compilation(results, clock)
-    for part in PARTS:
-        if part == "timing":
-            run_gpu_tests(results, clock.left_s())
-            run_sanitizer(results, arguments.out)
-        first, tries = 0, 4
-        while first is not None and tries > 0:
-            more = ["--part", part, "--first", str(first), "--budget-s", f"{max(clock.left_s(), 0.0):.0f}"]
-            more += ["--smoke"] if arguments.smoke else []
-            first, tries = run_part(results, part, more, limit_s=PART_S[part]), tries - 1
-    run_attention(results, arguments.out)
-    run_epoch_time(results, arguments.out, tiny=arguments.smoke, limit_s=EPOCH_TIME_S)
+
+    def at_most(step: str) -> float:
+        return min(STEP_S[step] if clock.on_gpu else LIMIT_S[False], clock.left_s())
+
+    tiny = ["--smoke"] if arguments.smoke else []
+    run_compilation(results, clock, at_most("compilation"))
+    for part in ("smoke", "correctness"):
+        run_part(results, part, tiny, limit_s=at_most(part))
+    run_gpu_tests(results, at_most("tests"))
+    run_part(results, "timing", tiny, limit_s=clock.left_s() - KEPT_S + OVERTIME_S, overtime_s=OVERTIME_S)
+    run_attention(results, arguments.out, at_most("attention"))
+    run_epoch_time(results, arguments.out, tiny=arguments.smoke, limit_s=at_most("epoch_time"))
+    run_sanitizer(results, arguments.out, at_most("sanitizer"))
 
 
 def part_items(arguments: argparse.Namespace, results: Results, clock: Clock) -> list[tuple[str, Callable[[], None]]]:
@@ -133,6 +141,7 @@ def run_items(
         if clock.left_s() <= 0 and part == "timing":
             results.add(kind="budget", op=part, passed=True, detail=f"stopped before {name}")
             break
+        print(f"{ITEM} {index} {name}", flush=True)
         try:
             call()
         except Exception as error:  # the other calls still tell something
@@ -140,7 +149,7 @@ def run_items(
             results.add(kind=part, op=name, passed=False, detail=short(error))
         if not clock.is_usable():
             detail = "every later call of this process fails; the next process goes on behind it"
-            results.add(kind="device_lost", op=name, passed=False, detail=detail, next_item=index + 1)
+            results.add(kind="device_lost", op=name, passed=False, detail=detail)
             return DEVICE_LOST
     return 0
 

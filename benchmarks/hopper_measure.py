@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import triton
-from gpu_suite import Clock
+from gpu_suite_clock import Clock
 from gpu_suite_report import commit, device_name, versions
 from hopper_launch import EXPONENTIAL_RINGS, RINGS, Setup, contrast_logprob, exponentials, statistics_logprob
 from inverseq_kernels import contrastive_logprob, linear_logprob
@@ -155,11 +155,7 @@ def timed(inputs: Inputs, listed: dict[str, Callable]) -> dict[str, tuple[list[f
         peaks[name] = clock.peak_bytes(before)
     for _ in range(REPS):
         for name, call in listed.items():
-            start = clock.mark()
-            call(inputs)
-            end = clock.mark()
-            clock.synchronize()
-            times[name].append(clock.between_ms(start, end))
+            times[name].append(clock.time_ms(lambda call=call: call(inputs)))
     return {name: (times[name], peaks[name]) for name in listed}
 
 

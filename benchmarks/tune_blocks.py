@@ -255,11 +255,7 @@ def _time_in_turn(
     milliseconds = {"chosen": [], "candidate": []}
     for _ in range(reps):
         for name, one in zip(("chosen", "candidate"), pair, strict=True):
-            start = clock.mark()
-            call(one)
-            end = clock.mark()
-            clock.synchronize()
-            milliseconds[name].append(clock.between_ms(start, end))
+            milliseconds[name].append(clock.time_ms(lambda one=one: call(one)))
     return Timing(pair[1], milliseconds["candidate"], milliseconds["chosen"])
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,8 @@ def test_smoke_run_measures_every_operation_and_contender(tmp_path):
     assert all(ROW_FIELDS <= row.keys() for row in rows)
     assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
     assert {"smoke", "correctness", "tests", "sanitizer", "timing"} <= {row["kind"] for row in rows}
-    assert rows[-1]["kind"] == "epoch_time" and (tmp_path / "epoch_time" / "epoch_time.png").exists()
+    assert rows[-2]["kind"] == "epoch_time" and (tmp_path / "epoch_time" / "epoch_time.png").exists()
+    assert rows[-1]["kind"] == "sanitizer"
     timed = [row for row in rows if row["kind"] == "timing"]
     assert all(TIMING_FIELDS <= row.keys() for row in timed)
     ops = {"squared_log_ratio_loss", "contrastive_logprob", "linear_logprob"}
@@ -48,26 +50,6 @@ def test_without_a_gpu_only_the_smoke_run_starts(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("ending", "passed"), [(1, False), (subprocess.TimeoutExpired("x", 1), True)])
-def test_an_epoch_that_fails_is_a_row(tmp_path, monkeypatch, ending, passed):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu_suite_report import Results
-    from gpu_suite_steps import run_epoch_time
-
-    def run(command, **options):
-        assert options["timeout"] == 7 and "llama-1b" in command
-        if isinstance(ending, Exception):
-            raise ending
-        return subprocess.CompletedProcess(command, ending, "first\n", "no packer")
-
-    results = Results(tmp_path, "command")
-    monkeypatch.setattr(subprocess, "run", run)
-    run_epoch_time(results, tmp_path, tiny=False, limit_s=7)
-    [row] = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert row["kind"] == "epoch_time" and row["passed"] is passed
-    assert row["detail"] == ("stopped after 7 s" if passed else "no packer")
-
-
 @pytest.fixture
 def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -89,23 +71,83 @@ def test_what_raises_is_a_row_and_the_rest_still_runs(tmp_path, benchmarks_on_pa
     assert row["op"] == "one" and row["passed"] is False and "no kernel image" in row["detail"]
     clock.is_usable = lambda: False  # an illegal access: the next process goes on behind it
     assert run_items("smoke", items, 0, results, clock) == DEVICE_LOST and called == ["two"]
-    assert results.rows[-1]["next_item"] == 1 and results.rows[-1]["passed"] is False
+    assert results.rows[-1]["kind"] == "device_lost" and results.rows[-1]["passed"] is False
     assert "no kernel image" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("code", "detail"), [("raise SystemExit(9)", "exit status 9"), ("while 1: 0", "stopped")])
-def test_a_part_that_crashes_or_hangs_is_a_row(tmp_path, benchmarks_on_path, monkeypatch, code, detail):
+@pytest.fixture
+def steps(benchmarks_on_path, monkeypatch):
+    """gpu_suite_steps, whose processes run the ``code`` of this namespace with their arguments instead."""
     import gpu_suite_steps
+
+    run, planted = gpu_suite_steps._run, SimpleNamespace(module=gpu_suite_steps, code="")
+
+    def run_planted(results, name, command, **options):
+        return run(results, name, [sys.executable, "-c", planted.code, *command[2:]], **options)
+
+    monkeypatch.setattr(gpu_suite_steps, "_run", run_planted)
+    monkeypatch.setattr(gpu_suite_steps, "SHORTEST_S", 0.5)
+    return planted
+
+
+@pytest.mark.parametrize(
+    ("code", "passed", "detail"),
+    [("print('first'); raise SystemExit('no packer')", False, "no packer"), ("while 1: 0", True, "stopped after 2 s")],
+)
+def test_an_epoch_that_fails_is_a_row(tmp_path, steps, code, passed, detail):
     from gpu_suite_report import Results
 
-    results, run = Results(tmp_path, "command"), gpu_suite_steps._run
-    monkeypatch.setattr(
-        gpu_suite_steps, "_run", lambda *args, **options: run(*args[:2], [sys.executable, "-c", code], **options)
-    )
-    assert gpu_suite_steps.run_part(results, "timing", [], limit_s=2.0) is None
+    steps.code = code
+    steps.module.run_epoch_time(Results(tmp_path, "command"), tmp_path, tiny=False, limit_s=2.0)
+    [row] = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert (row["kind"], row["op"], row["passed"], row["detail"]) == ("epoch_time", "llama-1b", passed, detail)
+
+
+@pytest.mark.parametrize(
+    ("code", "limit_s", "detail"),
+    [
+        ("raise SystemExit(9)", 60.0, "exit status 9"),
+        ("while 1: 0", 2.0, "stopped after 2 s"),
+        ("", 0.1, "not started: no time is left"),
+    ],
+)
+def test_a_part_that_crashes_or_hangs_is_a_row(tmp_path, steps, code, limit_s, detail):
+    from gpu_suite_report import Results
+
+    steps.code, results = code, Results(tmp_path, "command")
+    steps.module.run_part(results, "timing", [], limit_s=limit_s)
     [row] = results.rows
     assert row["passed"] is False and detail in row["detail"]
     assert f"== timing: {detail}" in (tmp_path / "steps.txt").read_text()
+
+
+def test_behind_the_call_that_crashes_a_part_another_process_goes_on(tmp_path, steps):
+    from gpu_suite_report import Results
+
+    steps.code, results = """
+import os, sys
+first = int(sys.argv[sys.argv.index("--first") + 1])
+for item in range(first, 5):
+    print("ITEM", item, "a shape", flush=True)
+    if item in (1, 3):
+        os.abort()
+""", Results(tmp_path, "command")
+    steps.module.run_part(results, "timing", [], limit_s=60.0)
+    assert [row["detail"].split(":")[0] for row in results.rows] == [
+        "exit status -6, last in ITEM 1 a shape", "exit status -6, last in ITEM 3 a shape",
+    ]  # fmt: skip
+    assert "== timing: exit status 0" in (tmp_path / "steps.txt").read_text()
+
+
+def test_what_a_stopped_step_has_started_ends_with_it(tmp_path, steps):
+    """As what compute-sanitizer watches would go on beside the timing."""
+    from gpu_suite_report import Results
+
+    steps.code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid); subprocess.run(['sleep', '600'])"
+    steps.module._run_step(Results(tmp_path, "command"), "sanitizer", "memcheck", ["", ""], limit_s=3.0)
+    pid = int((tmp_path / "step.log").read_text())
+    status = pathlib.Path(f"/proc/{pid}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 def measured_rows(milliseconds, *, beyond=500 * 2**20, rms=2e-5, gradient=1.5):
