@@ -7,7 +7,7 @@ as trained ones; their losses mean nothing. Left out: Llama 3's scaled rotary fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -200,6 +200,9 @@ def estimated_bytes(
     parts = estimate_memory(job, whole)
     if not has_optimizer:
         parts = [part for part in parts if "AdamW" not in part.name and "master" not in part.name]
+        # Nothing sums gradients in fp32 then: they stay in the weights' dtype.
+        share = job.weight_bytes / 4
+        parts = [replace(p, num_bytes=int(p.num_bytes * share)) if p.name == "gradients" else p for p in parts]
     return needed_bytes(parts, device_type)
 
 

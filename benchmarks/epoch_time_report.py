@@ -49,8 +49,8 @@ CHIPS = {
 
 
 def chip_of(device_name: str) -> Chip | None:
-    """The chip that a device's name holds; None for a CPU, an unknown chip, and the slower PCIe and NVL boards."""
-    if any(board in device_name for board in ("PCIe", "NVL", "PCI")):
+    """The chip that a device's name holds; None for a CPU, an unknown chip, a part of one, and other boards of it."""
+    if any(board in device_name for board in ("PCI", "NVL", "GH200", "MIG")):
         return None
     return next((chip for name, chip in CHIPS.items() if name in device_name), None)
 

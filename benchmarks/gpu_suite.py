@@ -99,7 +99,8 @@ def main() -> int:
 
 def run_steps(arguments: argparse.Namespace, results: Results, clock: Clock) -> None:
     """All steps in order; what happens in one does not keep the next from running."""
-    results.path.unlink(missing_ok=True)  # the parts add to the file
+    for name in (results.path.name, "steps.txt", "attention.jsonl", f"sanitizer/{results.path.name}"):
+        (results.folder / name).unlink(missing_ok=True)  # the steps add to these files
 
     def at_most(step: str) -> float:
         return min(STEP_S[step] if clock.on_gpu else LIMIT_S[False], clock.left_s())

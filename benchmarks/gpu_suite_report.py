@@ -1,5 +1,6 @@
 """Rows of gpu_suite.py as they are stored and read: one JSON, one text table, at most five plots."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -188,15 +189,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of this checkout, marked when files differ from it; "unknown" without git."""
+    """Commit of this checkout, marked when files differ from it; in a copy without git what INVERSEQ_COMMIT says."""
     folder = str(pathlib.Path(__file__).parent)
-    try:
-        result = subprocess.run(
-            ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return "unknown"
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            return result.stdout.strip()
+    return os.environ.get("INVERSEQ_COMMIT", "unknown")
 
 
 def command_line(stem: str = "gpu_suite") -> str:

@@ -7,7 +7,9 @@ Tiles that spill or exceed shared memory are left out by compiling them without 
 meanwhile. Each of the others must first give what the choosers' choice gives. All are timed through the launchers'
 ``structure`` and ``blocks`` arguments, the whole operation each, in turn with the choosers' own; the best of a
 group's first shape go on to its other shapes. Rows are on disk as they come (DIR/tune_blocks.json); the table at the
-end holds lines that can be pasted into triton_blocks.py. bf16, no bias, no softcap.
+end holds lines that can be pasted into triton_blocks.py. What fails costs its task no more than its own rows; where the
+device is lost the table ends, and a candidate that hangs ends the program (--op goes on with the others). bf16, no
+bias, no softcap.
 """
 
 import multiprocessing
@@ -22,14 +24,16 @@ elif not torch.cuda.is_available():
 
 import argparse  # noqa: E402
 import concurrent.futures  # noqa: E402
+import faulthandler  # noqa: E402
 import pathlib  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
 
 from gpu_suite_clock import Clock  # noqa: E402
 from gpu_suite_contenders import ALPHA, Inputs, Shape, make_inputs  # noqa: E402
-from gpu_suite_report import Results, command_line  # noqa: E402
+from gpu_suite_report import Results, command_line, short  # noqa: E402
 from inverseq_kernels.backends import CUDA_WORKSPACE_BYTES  # noqa: E402
 from inverseq_kernels.triton_blocks import capability_of  # noqa: E402
 from inverseq_kernels.triton_contrastive import contrastive_forward  # noqa: E402
@@ -55,6 +59,7 @@ GROUPS = {
 SMOKE_GROUPS = {"wide": (Shape(20, 150, 16), Shape(8, 150, 16)), "narrow": (Shape(8, 80, 16),)}
 REPS = 5
 FINALISTS = 3  # of a group's first shape, timed on its other shapes
+HANG_S = 90.0  # without a result on a GPU: longer than anything takes that comes to an end
 LARGEST_DIFFERENCE = 1e-2  # of a result, relative to the chooser's: bf16 rounding in another order
 
 
@@ -156,9 +161,17 @@ def run_tasks(tasks: list[Task], capability: int, results: Results, clock: Clock
                 results.add(kind="budget", op=task.op, passed=True, detail=f"stopped before {task.op} {task.group}")
                 continue
             ready = {candidate: compiled[task.op, task.group, candidate] for candidate in task.candidates}
-            best = run_task(task, ready, results, clock, until_s=clock.left_s() - share_s)
-            lines += best
+            try:
+                lines += run_task(task, ready, results, clock, until_s=clock.left_s() - share_s)
+            except Exception as error:  # the other tasks still tell something
+                traceback.print_exc()
+                results.add(kind="tune_task", op=task.op, group=task.group, passed=False, detail=short(error))
+            if not clock.is_usable():
+                detail = "every later call of this process fails"
+                results.add(kind="device_lost", op=task.op, group=task.group, passed=False, detail=detail)
+                break
         pool.shutdown(cancel_futures=True)
+        faulthandler.cancel_dump_traceback_later()
     return lines
 
 
@@ -178,6 +191,7 @@ def run_task(
     screening_until_s = until_s + (clock.left_s() - until_s) / 3 if len(task.shapes) > 1 else until_s
     for shape in task.shapes:
         floor_s = screening_until_s if shape is task.shapes[0] else until_s
+        watch(clock)
         clock.reset_memory()
         try:
             call = make_call(task.op, make_inputs(shape, _dtype(clock), "cuda" if clock.on_gpu else "cpu"))
@@ -210,6 +224,7 @@ def time_candidate(
 ) -> Timing | None:
     """One row: why the candidate is left out, or its times beside the chooser's; None unless it was timed."""
     chosen, candidate = pair
+    watch(clock)
     made: Compiled = compiled.result()
     failure, error, peak, timing, passed = made.refused or None, None, None, None, True
     if failure is None or candidate == chosen:
@@ -222,7 +237,7 @@ def time_candidate(
             else:
                 failure, passed = f"differs from the choosers' choice by {error:.1e}", False
         except Exception as problem:  # a launch may fail in many ways; the row says how
-            failure = f"{type(problem).__name__}: {problem}"[:200]
+            failure, passed = short(problem), clock.is_usable()
     times = dict.fromkeys(("ms", "ms_p20", "ms_p80", "chosen_ms"))
     if timing is not None:
         for name, share in (("ms", 0.5), ("ms_p20", 0.2), ("ms_p80", 0.8)):
@@ -246,7 +261,15 @@ def time_candidate(
         failure=failure,
         passed=passed,
     )
+    if failure is not None and not clock.is_usable():
+        raise RuntimeError(f"the device is lost behind {candidate}")
     return timing
+
+
+def watch(clock: Clock) -> None:
+    """End the program, with the place in it, when the next call does not come in time: a kernel hangs."""
+    if clock.on_gpu:
+        faulthandler.dump_traceback_later(HANG_S, exit=True)
 
 
 def _time_in_turn(

@@ -193,3 +193,16 @@ def test_the_contender_with_stored_logits_runs_them_and_leaves_the_choice_as_it_
         return [module.choose_structure(90, torch.bfloat16, True) for module in modules]
 
     assert on_stored_logits(choices)() == ["logits"] * 3 and choices() == ["tiles"] * 3
+
+
+def test_a_copy_without_git_takes_the_commit_that_it_is_told(tmp_path, benchmarks_on_path, monkeypatch):
+    import gpu_suite_report
+
+    assert gpu_suite_report.commit() != "unknown"
+    monkeypatch.setattr(gpu_suite_report, "__file__", str(tmp_path / "gpu_suite_report.py"))
+    monkeypatch.delenv("INVERSEQ_COMMIT", raising=False)
+    assert gpu_suite_report.commit() == "unknown"
+    monkeypatch.setenv("INVERSEQ_COMMIT", "1234abc")
+    assert gpu_suite_report.commit() == "1234abc"
+    monkeypatch.setenv("PATH", "")
+    assert gpu_suite_report.commit() == "1234abc"

@@ -123,3 +123,50 @@ if __name__ == "__main__":
     rows = json.loads((tmp_path / "out" / "tune_blocks.json").read_text())
     wrong = [row for row in rows if row["passed"] is False]
     assert wrong and all(row["tile_rows"] == 16 and "differs from the choosers'" in row["failure"] for row in wrong)
+
+
+LOST = """
+import sys, tune_blocks
+call_of, lost = tune_blocks.make_call, []
+def planted(op, inputs):
+    if op == "logprob" and inputs.hidden.shape[0] == 20:
+        raise RuntimeError("no kernel image")
+    call = call_of(op, inputs)
+    def run(candidate):
+        if op == "target" and candidate.structure == "logits":
+            lost.append(candidate)
+            raise RuntimeError("an illegal memory access")
+        return call(candidate)
+    return run
+tune_blocks.make_call = planted
+tune_blocks.Clock.is_usable = lambda clock: not lost
+sys.argv[1:] = ["--smoke", "--op", "logprob", "--op", "target", "--jobs", "1", "--out", sys.argv[1]]
+if __name__ == "__main__":
+    sys.exit(tune_blocks.main())
+"""
+
+
+def test_a_task_that_fails_costs_its_own_rows_and_a_lost_device_ends_the_table(tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(LOST)
+    result = run_python(str(script), str(tmp_path / "out"))
+    assert result.returncode == 1, result.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "tune_blocks.json").read_text())
+    assert [(row["kind"], row["op"], row["passed"]) for row in rows] == [
+        ("tune_task", "logprob", False), ("tune", "target", True), ("tune", "target", False),
+        ("tune_task", "target", False), ("device_lost", "target", False),
+    ]  # fmt: skip
+    assert "no kernel image" in rows[0]["detail"] and "illegal memory access" in rows[2]["failure"]
+    assert (tmp_path / "out" / "tune_blocks.txt").exists()
+
+
+def test_a_call_that_hangs_ends_the_program_with_the_place():
+    code = """
+import time, types, tune_blocks
+tune_blocks.HANG_S = 1.0
+tune_blocks.watch(types.SimpleNamespace(on_gpu=True))
+if __name__ == "__main__":
+    time.sleep(60)
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 1 and "Timeout" in result.stderr
