@@ -4,7 +4,7 @@ import gpu_suite_contenders as contenders_module
 import inverseq_kernels
 import torch
 from gpu_suite_clock import Clock
-from gpu_suite_contenders import Contender, Inputs, Shape, Truth
+from gpu_suite_contenders import OURS, Contender, Inputs, Shape, Truth
 from gpu_suite_report import Results, shape_facts, short
 
 LOGPROB_RMS = 1e-4  # nats
@@ -79,12 +79,12 @@ def check_operation(op: str, shape: Shape, dtype: torch.dtype, results: Results,
         truth = contenders_module.make_truth(inputs, (op,))
         errors = {}
         for contender in contenders_module.list_contenders(op, False)[0]:
-            if contender.name in ("inverseq triton", "eager"):
+            if contender.name in (OURS, "eager"):
                 errors[contender.name] = measure_error(contender, inputs, truth)
     except torch.OutOfMemoryError as error:
         results.add(kind="correctness", op=op, passed=True, **shape_facts(shape, dtype), failure=short(error))
         return
-    logprob_rms, gradient = errors["inverseq triton"]
+    logprob_rms, gradient = errors[OURS]
     eager_rms, eager_gradient = errors["eager"]
     passed = logprob_rms <= LOGPROB_RMS
     if gradient is not None:

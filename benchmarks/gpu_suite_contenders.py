@@ -14,7 +14,9 @@ from inverseq_kernels import contrastive_logprob, linear_logprob, squared_log_ra
 from torch import Tensor
 
 LOSS, LOGPROB, TARGET = "squared_log_ratio_loss", "linear_logprob", "contrastive_logprob"
+OURS = "inverseq triton"
 STORED = "inverseq triton, stored logits"  # the structure that the package does not choose for these inputs
+OUR_OWN = frozenset({OURS, STORED, "inverseq torch"})
 STEMS = ("contrastive", "logprob", "loss")
 ALPHA = 1.4
 # Columns of the float64 truth that are alive at once.
@@ -89,7 +91,7 @@ def list_contenders(op: str, compiled: bool) -> tuple[list[Contender], list[str]
     contenders, missing = [], []
     if op == TARGET:
         contenders += [
-            Contender("inverseq triton", op, op, lambda i: _target(i, "triton"), None, _itself),
+            Contender(OURS, op, op, lambda i: _target(i, "triton"), None, _itself),
             Contender(STORED, op, op, on_stored_logits(lambda i: _target(i, "triton")), None, _itself),
             Contender("inverseq torch", op, op, lambda i: _target(i, "torch"), None, _itself),
             Contender("cuBLAS, 2 GEMMs", op, "", _bare_target, None),
@@ -104,7 +106,7 @@ def list_contenders(op: str, compiled: bool) -> tuple[list[Contender], list[str]
     ours, eager = (_loss, _eager_loss) if op == LOSS else (_logprob, _eager_logprob)
     backward = _backward_scalar if op == LOSS else _backward_rows
     contenders += [
-        Contender("inverseq triton", op, op, lambda i: ours(i, "triton"), backward, _second),
+        Contender(OURS, op, op, lambda i: ours(i, "triton"), backward, _second),
         Contender(
             STORED, op, op, on_stored_logits(lambda i: ours(i, "triton")), on_stored_logits(backward), _second
         ),

@@ -4,8 +4,12 @@ import gpu_suite_contenders as contenders_module
 import torch
 from gpu_suite_checks import measure_error
 from gpu_suite_clock import Clock
-from gpu_suite_contenders import TARGET, Contender, Inputs, Shape, Truth
+from gpu_suite_contenders import LOSS, OUR_OWN, OURS, TARGET, Contender, Inputs, Shape, Truth
 from gpu_suite_report import Results, shape_facts, short
+from inverseq_kernels.backends import CUDA_WORKSPACE_BYTES
+from inverseq_kernels.triton_blocks import GRADIENT, capability_of, choose_blocks, choose_loss_blocks
+from inverseq_kernels.triton_common import pitch_of, rows_within
+from inverseq_kernels.triton_loss import tile_rows
 
 TIMING_S = 4.0  # of all contenders of one operation and shape together
 
@@ -48,12 +52,16 @@ def time_shape(shape: Shape, dtype: torch.dtype, results: Results, clock: Clock,
 
 def prepare(contender: Contender, inputs: Inputs, truth: Truth, clock: Clock) -> dict:
     """Warm up, measure error and peak memory. Whatever goes wrong in a contender is its result, but a lost device."""
-    facts = {"failure": None, "error": None, "logprob_rms": None, "peak_bytes": None, "warm_ms": 0.0}
+    facts = {"failure": None, "error": None, "logprob_rms": None, "warm_ms": 0.0, "peaks": {}}
     try:
         facts["logprob_rms"], facts["error"] = measure_error(contender, inputs, truth)
         before = clock.reset_memory()
-        run_once(contender, inputs, clock, keep_gradients=True)
-        facts["peak_bytes"] = clock.peak_bytes(before)
+        result = contender.forward(inputs)
+        facts["peaks"]["forward"] = clock.peak_bytes(before)
+        if contender.backward is not None:
+            contender.backward(inputs, result)
+        del result
+        facts["peaks"]["together"] = clock.peak_bytes(before)
         facts["warm_ms"] = sum(run_once(contender, inputs, clock))
     except Exception as error:  # a peer may raise anything; the row says what
         facts["failure"] = short(error)
@@ -63,7 +71,7 @@ def prepare(contender: Contender, inputs: Inputs, truth: Truth, clock: Clock) ->
     return facts
 
 
-def run_once(contender: Contender, inputs: Inputs, clock: Clock, keep_gradients: bool = False) -> tuple[float, float]:
+def run_once(contender: Contender, inputs: Inputs, clock: Clock) -> tuple[float, float]:
     """Milliseconds of one forward and one backward."""
     inputs.hidden.grad = inputs.weight.grad = None
     clock.lead()
@@ -75,8 +83,7 @@ def run_once(contender: Contender, inputs: Inputs, clock: Clock, keep_gradients:
     end = clock.mark()
     clock.synchronize()
     del result
-    if not keep_gradients:
-        inputs.hidden.grad = inputs.weight.grad = None
+    inputs.hidden.grad = inputs.weight.grad = None
     return clock.between_ms(start, middle), clock.between_ms(middle, end)
 
 
@@ -92,9 +99,8 @@ def _add_timing(
     gemm = 2 * shape.num_rows * shape.num_words * shape.dim
     forward_flops = (2 if contender.op == TARGET else 1) * gemm
     phases = {"forward": forward_flops, "backward": 2 * gemm, "together": forward_flops + 2 * gemm}
-    outputs = dtype.itemsize * shape.dim * (shape.num_rows + shape.num_words) + 8 * shape.num_rows
     if contender.backward is None:
-        phases, outputs = {"together": forward_flops}, 4 * shape.num_rows
+        phases = {"together": forward_flops}
     for phase, flops in phases.items():
         index = {"forward": slice(0, 1), "backward": slice(1, 2), "together": slice(0, 2)}[phase]
         times = torch.tensor([sum(sample[index]) for sample in samples], dtype=torch.float64)
@@ -102,7 +108,7 @@ def _add_timing(
         if len(samples) > 0:
             values = times.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
             quantiles = dict(zip(quantiles, values, strict=True))
-        peak = measured["peak_bytes"] if phase == "together" else None
+        peak = measured["peaks"].get(phase)
         results.add(
             kind="timing",
             op=contender.op,
@@ -114,9 +120,33 @@ def _add_timing(
             **quantiles,
             flops=flops,
             peak_bytes=peak,
-            beyond_output_bytes=None if peak is None else peak - outputs,
-            accumulator_bytes=4 * shape.num_words * shape.dim if contender.op != TARGET else 0,
+            beyond_output_bytes=None if peak is None else peak - output_bytes(shape, dtype, contender, phase),
+            accumulator_bytes=accumulator_bytes(shape, dtype, contender.op) if contender.name == OURS else None,
             error=measured["error"] if contender.op != TARGET else measured["logprob_rms"],
             logprob_rms=measured["logprob_rms"],
             failure=measured["failure"],
         )
+
+
+def output_bytes(shape: Shape, dtype: torch.dtype, contender: Contender, phase: str) -> int:
+    """Bytes that a phase leaves: vectors, and gradients, which our loss has from its forward on."""
+    if contender.backward is None:
+        return 4 * shape.num_rows
+    has_gradients = phase != "forward" or (contender.op == LOSS and contender.name in OUR_OWN)
+    gradients = dtype.itemsize * shape.dim * (shape.num_rows + shape.num_words)
+    return 8 * shape.num_rows + has_gradients * gradients
+
+
+def accumulator_bytes(shape: Shape, dtype: torch.dtype, op: str) -> int:
+    """Bytes of the fp32 sum of the weight's gradient, which our tiles need where their rows take several chunks."""
+    if op == TARGET:
+        return 0
+    capability = capability_of(torch.empty(0, device="cuda")) if torch.cuda.is_available() else 0
+    if op == LOSS:
+        blocks = choose_loss_blocks(capability, False, shape.dim)
+        chunk = tile_rows(shape.num_rows, shape.num_words, 0, dtype, blocks, CUDA_WORKSPACE_BYTES)
+    else:
+        blocks = choose_blocks(GRADIENT, capability, shape.dim)
+        row_bytes = 16 + dtype.itemsize * (shape.dim + pitch_of(shape.num_words))
+        chunk = rows_within(CUDA_WORKSPACE_BYTES, row_bytes, shape.num_rows, blocks.rows)
+    return 4 * shape.num_words * shape.dim if chunk < shape.num_rows else 0

@@ -124,14 +124,15 @@ def test_a_part_that_crashes_or_hangs_is_a_row(tmp_path, steps, code, limit_s, d
 def test_behind_the_call_that_crashes_a_part_another_process_goes_on(tmp_path, steps):
     from gpu_suite_report import Results
 
-    steps.code, results = """
+    steps.code = """
 import os, sys
 first = int(sys.argv[sys.argv.index("--first") + 1])
 for item in range(first, 5):
     print("ITEM", item, "a shape", flush=True)
     if item in (1, 3):
         os.abort()
-""", Results(tmp_path, "command")
+"""
+    results = Results(tmp_path, "command")
     steps.module.run_part(results, "timing", [], limit_s=60.0)
     assert [row["detail"].split(":")[0] for row in results.rows] == [
         "exit status -6, last in ITEM 1 a shape", "exit status -6, last in ITEM 3 a shape",
@@ -156,10 +157,12 @@ def measured_rows(milliseconds, *, beyond=500 * 2**20, rms=2e-5, gradient=1.5):
     rows = [
         common
         | {"kind": "timing", "op": "squared_log_ratio_loss", "contender": name, "ms": ms}
-        | {"beyond_output_bytes": beyond + 2**20, "accumulator_bytes": 2**20}
+        | {"beyond_output_bytes": 2**31, "accumulator_bytes": 2**20}  # the gradients, scaled, beside themselves
         for name, ms in milliseconds.items()
     ]
-    rows.append(rows[0] | {"op": "contrastive_logprob", "contender": "inverseq triton", "ms": 6.5})
+    rows.append(rows[0] | {"phase": "forward", "contender": "inverseq triton", "beyond_output_bytes": beyond + 2**20})
+    target = {"op": "contrastive_logprob", "contender": "inverseq triton", "ms": 6.5}
+    rows.append(rows[0] | target | {"beyond_output_bytes": 2**20, "accumulator_bytes": 0})
     checked = {"kind": "correctness", "op": "x", "logprob_rms": rms, "measured": True}
     return [*rows, checked | {"gradient_error": gradient * 1e-3, "eager_gradient_error": 1e-3}]
 
@@ -206,3 +209,29 @@ def test_a_copy_without_git_takes_the_commit_that_it_is_told(tmp_path, benchmark
     assert gpu_suite_report.commit() == "1234abc"
     monkeypatch.setenv("PATH", "")
     assert gpu_suite_report.commit() == "1234abc"
+
+
+@pytest.mark.parametrize("workspace", [2**15, 45_000, 2**20])  # 45,000 just hold all rows of the loss
+@pytest.mark.parametrize("op", ["squared_log_ratio_loss", "linear_logprob"])
+def test_a_rows_accumulator_is_what_the_operation_takes(benchmarks_on_path, monkeypatch, op, workspace):
+    import gpu_suite_timing
+    import torch
+    from gpu_suite_contenders import Shape, list_contenders, make_inputs
+    from inverseq_kernels import backends, triton_logprob, triton_loss
+
+    taken, shape = [], Shape(64, 300, 32)
+    for module in (triton_logprob, triton_loss):
+
+        class Spied(module._GradientSums):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                taken.append(self.weight.nbytes if self.weight.dtype == torch.float32 else 0)
+
+        monkeypatch.setattr(module, "_GradientSums", Spied)
+    monkeypatch.setattr(backends, "OTHER_WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(gpu_suite_timing, "CUDA_WORKSPACE_BYTES", workspace)
+    ours, inputs = list_contenders(op, False)[0][0], make_inputs(shape, torch.bfloat16, "cpu")
+    ours.backward(inputs, ours.forward(inputs))
+    assert taken == [gpu_suite_timing.accumulator_bytes(shape, torch.bfloat16, op)]
+    fits = workspace == 2**20 or (workspace == 45_000 and op == "squared_log_ratio_loss")
+    assert taken == [0 if fits else 4 * 300 * 32]
