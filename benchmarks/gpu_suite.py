@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 from gpu_suite_checks import SMOKE_CASES, check_every_kernel, check_operation  # noqa: E402
-from gpu_suite_clock import Clock  # noqa: E402
+from gpu_suite_clock import Clock, clock_facts, sampled_clocks  # noqa: E402
 from gpu_suite_contenders import LOGPROB, LOSS, TARGET, Shape  # noqa: E402
 from gpu_suite_goals import goal_lines  # noqa: E402
 from gpu_suite_report import Results, command_line, short, table_lines  # noqa: E402
@@ -89,7 +89,11 @@ def main() -> int:
     if arguments.part is not None:
         results.reload()
         return run_items(arguments.part, part_items(arguments, results, clock), arguments.first, results, clock)
-    run_steps(arguments, results, clock)
+    with sampled_clocks(arguments.out / "clocks.csv"):
+        run_steps(arguments, results, clock)
+    if facts := clock_facts(arguments.out / "clocks.csv"):
+        detail = ", ".join(f"{name} {value:.0f}" for name, value in facts.items())
+        results.add(kind="clocks", op="under load", passed=True, **facts, detail=detail)
     print(results.write_text([*table_lines(results.rows), "", *goal_lines(results.rows)]))
     print("plots:", results.write_plots())
     failed = [row for row in results.rows if row.get("passed") is False]

@@ -1,8 +1,13 @@
-"""Time and memory of the device at hand, as gpu_suite.py and tune_blocks.py read them."""
+"""Time and memory of the device at hand, as the benchmarks read them; its clock rate and power, as nvidia-smi does."""
 
+import contextlib
 import gc
+import pathlib
+import shutil
+import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -72,3 +77,36 @@ class Clock:
         except Exception:  # torch has several errors for a lost device
             return False
         return True
+
+
+SAMPLED = ("clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
+
+
+@contextlib.contextmanager
+def sampled_clocks(path: pathlib.Path) -> Iterator[None]:
+    """nvidia-smi writes ``SAMPLED`` to a file twice a second meanwhile, where there is one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        yield
+        return
+    options = [f"--query-gpu={','.join(SAMPLED)}", "--format=csv,noheader,nounits", "-lms", "500"]
+    with path.open("w") as file, subprocess.Popen([tool, *options], stdout=file, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def clock_facts(path: pathlib.Path) -> dict[str, float]:
+    """Medians of a file of ``sampled_clocks`` while the device was busy, and the clock rate's 20th percentile."""
+    samples = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # "[N/A]", and a line that was being written
+            rate, power, temperature, load = map(float, line.split(","))
+            if load >= 50:
+                samples.append((rate, power, temperature))
+    if len(samples) < 2:
+        return {}
+    rate, power, temperature = map(statistics.median, zip(*samples, strict=True))
+    slow = statistics.quantiles([sample[0] for sample in samples], n=5)[0]
+    return {"sm_mhz": rate, "sm_mhz_p20": slow, "power_w": power, "temperature_c": temperature}

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -235,3 +236,22 @@ def test_a_rows_accumulator_is_what_the_operation_takes(benchmarks_on_path, monk
     assert taken == [gpu_suite_timing.accumulator_bytes(shape, torch.bfloat16, op)]
     fits = workspace == 2**20 or (workspace == 45_000 and op == "squared_log_ratio_loss")
     assert taken == [0 if fits else 4 * 300 * 32]
+
+
+def test_clocks_are_those_of_a_busy_device(tmp_path, benchmarks_on_path, monkeypatch):
+    from gpu_suite_clock import clock_facts, sampled_clocks
+
+    tool = tmp_path / "nvidia-smi"
+    busy = [f"{rate}, 650.5, 60, 99" for rate in (1980, 1700, 1410, 1690, 1695)]
+    lines = ["345, 70.1, 30, 0", *busy, "[N/A], 1, 1, 9", "17"]
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + "exec sleep 600\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = tmp_path / "clocks.csv"
+    with sampled_clocks(path):
+        while not path.exists() or not path.read_text().endswith("17\n"):
+            time.sleep(0.05)
+    found = clock_facts(path)
+    assert found == {"sm_mhz": 1695, "sm_mhz_p20": pytest.approx(1466), "power_w": 650.5, "temperature_c": 60}
+    path.write_text("345, 70.1, 30, 0\n")
+    assert clock_facts(path) == clock_facts(tmp_path / "absent.csv") == {}
