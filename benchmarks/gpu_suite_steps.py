@@ -130,8 +130,9 @@ def _run(
     ``more`` is added to its environment.
     """
     started, log = time.monotonic(), results.folder / "step.log"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "PYTHONUNBUFFERED": "1"}
-    environment |= more or {}
+    # What the caller's path holds too: packages may stand in a folder of their own.
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | (more or {})
     status = None
     if limit_s >= SHORTEST_S:
         with log.open("w") as output:

@@ -122,6 +122,17 @@ def test_a_part_that_crashes_or_hangs_is_a_row(tmp_path, steps, code, limit_s, d
     assert f"== timing: {detail}" in (tmp_path / "steps.txt").read_text()
 
 
+def test_a_step_sees_the_checkout_first_and_then_what_its_caller_sees(tmp_path, steps, monkeypatch):
+    from gpu_suite_report import Results
+
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    steps.code = "import sys; print(sys.path[1:4])"
+    results = Results(tmp_path, "command")
+    steps.module.run_epoch_time(results, tmp_path, tiny=True, limit_s=60.0)
+    [row] = results.rows
+    assert row["detail"] == str([str(ROOT), str(ROOT / "kernels"), str(tmp_path / "site")])
+
+
 def test_behind_the_call_that_crashes_a_part_another_process_goes_on(tmp_path, steps):
     from gpu_suite_report import Results
 
