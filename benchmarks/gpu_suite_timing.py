@@ -41,9 +41,11 @@ def time_shape(shape: Shape, dtype: torch.dtype, results: Results, clock: Clock,
             for contender in list(ready):
                 try:
                     samples[contender.name].append(run_once(contender, inputs, clock))
-                except torch.OutOfMemoryError as error:
+                except Exception as error:  # as above; what it took until then is kept
                     measured[contender.name]["failure"] = short(error)
                     ready.remove(contender)
+                    if not clock.is_usable():
+                        raise
         for contender in listed:
             _add_timing(results, shape, dtype, contender, measured[contender.name], samples.get(contender.name, []))
     del inputs, truth

@@ -1,5 +1,6 @@
 """The GPU benchmark's whole path on tiny shapes, before anybody spends GPU time on it."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -266,3 +267,27 @@ def test_clocks_are_those_of_a_busy_device(tmp_path, benchmarks_on_path, monkeyp
     assert found == {"sm_mhz": 1695, "sm_mhz_p20": pytest.approx(1466), "power_w": 650.5, "temperature_c": 60}
     path.write_text("345, 70.1, 30, 0\n")
     assert clock_facts(path) == clock_facts(tmp_path / "absent.csv") == {}
+
+
+def test_a_peer_that_fails_while_it_is_timed_costs_nobody_else_a_row(tmp_path, benchmarks_on_path, monkeypatch):
+    import gpu_suite_contenders as contenders
+    import torch
+    from gpu_suite_clock import Clock
+    from gpu_suite_report import Results
+    from gpu_suite_timing import time_shape
+
+    eager, calls = contenders.list_contenders(contenders.LOSS, False)[0][4], []
+
+    def forward(inputs):
+        calls.append(inputs)
+        if len(calls) > 4:  # error, memory, warm-up, one round
+            raise RuntimeError("a peer's own error")
+        return eager.forward(inputs)
+
+    peer = dataclasses.replace(eager, name="peer", forward=forward)
+    monkeypatch.setattr(contenders, "list_contenders", lambda *_: ([peer, eager], []))
+    results = Results(tmp_path, "command")
+    time_shape(contenders.Shape(9, 130, 16), torch.float32, results, Clock(60.0), reps=3)
+    rows = {row["contender"]: row for row in results.rows if row["phase"] == "together"}
+    assert (rows["eager"]["reps"], rows["eager"]["failure"]) == (3, None)
+    assert (rows["peer"]["reps"], rows["peer"]["failure"]) == (1, "RuntimeError: a peer's own error")
