@@ -265,6 +265,21 @@ def test_small_row_weights_do_not_sink_below_the_range_of_fp16(num_chunks, struc
     check(case, workspace_bytes=2**20 if num_chunks == 1 else 12 * KIB, structure=structure)
 
 
+@pytest.mark.parametrize("structure", [TILES, LOGITS])
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize(("size", "log_ratio"), [(2000.0, 24.0), (2.0**-12, 0.01)])
+def test_large_and_small_hidden_states_fit_fp16(size, log_ratio, num_chunks, structure):
+    """A row of hidden times its log-ratio may be past fp16's range, or below, where the gradient is within it."""
+    case = make_case(70, 16, 130, torch.float16, size=0.5)
+    case["hidden"][:, 1:] *= min(size, 1.0)
+    case["hidden"][:, 0] = size
+    case["weight"][:, 0] = 0.0
+    case["targets"] = run(case)[1] - log_ratio
+    case["denominator"] = torch.tensor(size * log_ratio)
+    case["hidden"][0] = 60_000.0  # an ignored row does not choose the scale
+    check(case, workspace_bytes=2**20 if num_chunks == 1 else 12 * KIB, structure=structure)
+
+
 @both_structures
 def test_every_subset_of_gradients_equals_the_full_call(structure, dtype):
     case = make_case(40, 16, 150, dtype)

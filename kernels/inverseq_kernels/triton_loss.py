@@ -19,8 +19,8 @@ and then in either
 
 The workspace holds G, its statistics and, where hidden needs no gradient, the scaled hidden rows; the rows of
 hidden's gradient otherwise lend their place to them. Without any gradient the forward of the log-prob
-operation does the work. fp16 makes the weight's gradient divided by the largest row weight (a power of
-two), so that small weights do not sink below its range, and multiplies its fp32 sum back at the end.
+operation does the work. fp16 makes the weight's gradient divided by the largest row weight and hidden state
+(powers of two), so that neither small nor large ones leave its range, and multiplies its fp32 sum back at the end.
 """
 
 from collections.abc import Sequence
@@ -63,6 +63,8 @@ from inverseq_kernels.triton_stored import StoredLogits, padded_bias, stored_row
 
 # fp16 exponentials carry a factor 2**15, which the GEMMs take out again.
 HALF_UNIT = 2.0**-15
+# fp16 rows of hidden are brought to at most 2**5 before a row's coefficient multiplies them.
+HALF_HIDDEN_EXPONENT = 5
 
 
 def tile_rows(
@@ -115,7 +117,7 @@ def squared_log_ratio_forward(
         structure = choose_structure(capability_of(hidden), hidden.dtype, is_aligned(*head[:2]))
     row_bytes = hidden.shape[1] * hidden.element_size() if needs[1] and not needs[0] else 0
     logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    scales = _coefficient_scales(row_weights, denominator, hidden.dtype)
+    scales = _coefficient_scales(row_weights, denominator, hidden)
     with on_device(hidden):
         chunks = (_TileChunks if structure == TILES else _LogitChunks)(
             head, settings, row_bytes, workspace_bytes, blocks
@@ -137,15 +139,18 @@ def _loss(logprobs: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
     return (row_weights * residual.square()).sum()
 
 
-def _coefficient_scales(row_weights: Tensor, denominator: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _coefficient_scales(row_weights: Tensor, denominator: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What row coefficients are multiplied by before the GEMMs, and gradients after them; 0-d fp32 each.
 
-    fp16 divides by the largest row weight's power of two first and by the denominator last.
+    fp16 divides by the powers of two of the largest row weight and of the largest entry of a row of hidden that counts
+    first, which leaves room for log-ratios between 2**-10 and 2**9 nats, and by the denominator last.
     """
-    if dtype != torch.float16 or row_weights.numel() == 0:
+    if hidden.dtype != torch.float16 or hidden.numel() == 0:
         return 1.0 / denominator, torch.ones_like(denominator)
-    exponent = torch.frexp(row_weights.amax()).exponent
-    power = torch.exp2(exponent.to(torch.float32))
+    least, most = torch.aminmax(hidden, dim=1)
+    sizes = torch.where(row_weights > 0, torch.maximum(most, -least), 0.0)
+    exponents = [torch.frexp(values.amax().float()).exponent for values in (row_weights, sizes)]
+    power = torch.exp2((sum(exponents) - HALF_HIDDEN_EXPONENT).clamp(-100, 100).float())
     return 1.0 / power, power / denominator
 
 
