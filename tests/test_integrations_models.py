@@ -4,22 +4,30 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
+from inverseq.integrations import hf_trainer
 from inverseq.integrations.causal_lm import CausalLMLogprobs, head_keywords
 from inverseq.integrations.hf_trainer import NextTokenLoss
 from tests.tiny import make_tiny_model
@@ -38,6 +46,11 @@ def make_model(name, tmp_path):
         return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0))
     if name == "cohere":
         return CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.25))
+    if name == "hyperclovax":  # multiplies by what Granite divides by
+        return HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**SHAPE, logits_scaling=0.25))
+    if name == "recurrent gemma":
+        shape = {**SHAPE, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16}
+        return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, logits_soft_cap=1.0))
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=3.0))
 
 
@@ -60,7 +73,7 @@ def stock_logprobs(model, batch, temperature):
     return picked.where(labels != -100, 0.0), entropy.where(labels != -100, 0.0)
 
 
-@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "hyperclovax", "gemma2", "recurrent gemma"])
 def test_logprobs_entropies_and_gradients_are_those_of_the_models_own_logits(name, tmp_path):
     model = make_model(name, tmp_path)
     batch = make_batch(model.config.vocab_size)
@@ -159,6 +172,37 @@ def test_sequences_of_one_token_have_nothing_to_score(tmp_path):
         found.backward()
 
 
+def test_a_model_whose_logits_are_not_hidden_states_times_its_head_is_refused(tmp_path):
+    bert = BertLMHeadModel(BertConfig(**SHAPE, is_decoder=True))  # a layer stands between decoder and head
+    with pytest.raises(ValueError, match="BertLMHeadModel: hidden states times the output embedding differ"):
+        CausalLMLogprobs(bert)
+    mine = make_model("llama", tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        CausalLMLogprobs(mine.to(dtype))
+    mine.lm_head.register_forward_hook(lambda module, inputs, logits: 1.1 * logits)
+    for adapter in (CausalLMLogprobs, NextTokenLoss):
+        with pytest.raises(ValueError, match="LlamaForCausalLM: hidden states times the output embedding differ"):
+            adapter(mine)
+
+
+def test_adapters_beside_the_head_are_read_and_those_on_it_refused(tmp_path):
+    peft, batch = pytest.importorskip("peft"), make_batch(512)
+    for refused in (
+        peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ):
+        for adapter in (CausalLMLogprobs, NextTokenLoss):
+            with pytest.raises(ValueError, match="an adapter on the output embedding|from the model's own logits"):
+                adapter(peft.get_peft_model(make_model("llama", tmp_path), refused))
+    for saved in (None, ["lm_head"]):
+        config = peft.LoraConfig(
+            target_modules=["q_proj"], modules_to_save=saved, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(make_model("llama", tmp_path), config)
+        expected = stock_logprobs(model, batch, 1.0)[0]
+        torch.testing.assert_close(CausalLMLogprobs(model)(**batch), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_a_configuration_with_an_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="lm_head_multiplier=0.5 is not supported"):
         head_keywords(CohereConfig(lm_head_multiplier=0.5))
@@ -203,6 +247,35 @@ def test_logits_are_real_again_outside_of_training(tmp_path):
     assert model.train()(ids).logits.shape[-1] == model.config.hidden_size
     reference = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert loss(model(ids), ids).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_a_model_in_training_mode_generates_what_it_did_before(tmp_path):
+    model, ids = make_model("llama", tmp_path), make_batch(512)["input_ids"][:1]
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    NextTokenLoss(model)
+    assert torch.equal(model.train().generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_under_autocast_the_head_is_read_in_its_dtype_though_accelerate_gives_fp32(tmp_path, monkeypatch):
+    model, ids, read = make_model("llama", tmp_path).train(), make_batch(512)["input_ids"], []
+    exact = model(ids, labels=ids).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = model(ids, labels=ids).loss.item()
+    loss, real = NextTokenLoss(model), hf_trainer.linear_logprob
+
+    def spy(hidden, *rest, **options):
+        read.append(hidden)
+        return real(hidden, *rest, **options)
+
+    monkeypatch.setattr(hf_trainer, "linear_logprob", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = convert_outputs_to_fp32(model)(ids)
+    assert outputs.logits.dtype == torch.float32
+    found = loss(outputs, ids)
+    assert [hidden.dtype for hidden in read] == [torch.bfloat16]
+    assert abs(found.item() - exact) <= 2 * abs(stock - exact) + 1e-4
+    found.backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
 
 
 def test_the_bias_of_a_head_is_scaled_as_the_model_scales_it(tmp_path):

@@ -61,6 +61,8 @@ class LinearLogprob:
         *settings: Any,  # temperature, chunk size, softcap, logit scale, names of the outputs
     ) -> tuple[Tensor | None, ...]:
         """(log-probabilities, entropy, log Σ p², mean logit, label is likeliest), [A] each, None when not asked for."""
+        if hasattr(weight, "ds_id"):  # TRL gathers it for its forward, and in a backward of its own once more
+            raise ValueError("use_linear_logprob: under ZeRO-3 the head is gone in the backward pass; train without it")
         temperature, _, softcap, scale, outputs = settings
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
