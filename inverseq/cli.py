@@ -89,6 +89,10 @@ def check_launch_options(arguments: argparse.Namespace) -> None:
     """Raise ValueError for options of the launch that contradict each other or the launcher that is there."""
     if arguments.nproc and arguments.hostfile:
         raise ValueError("--nproc and --hostfile: expected one of them; the hostfile says how many processes run")
+    if arguments.hardware and arguments.nproc:
+        raise ValueError("--hardware and --nproc: expected one of them; the hardware says how many processes run")
+    if arguments.hostfile and arguments.dry_run:
+        raise ValueError("--hostfile and --dry-run: name the hosts' GPUs instead, for example --hardware 16x80GB")
     if arguments.max_restarts and not arguments.nproc:
         raise ValueError(f"--max-restarts={arguments.max_restarts}: goes with --nproc; torchrun has an option like it")
     if arguments.hardware and not arguments.dry_run:

@@ -140,6 +140,7 @@ def check_resumable(config: Config, run_dir: Path, ranks: Ranks | None = None) -
     """Raise ValueError when the newest checkpoint is damaged or is of a later epoch than the run shall have."""
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
+        logger.info("%s holds no complete checkpoint: the run starts from its beginning", run_dir)
         return
     check_or_offer_older(checkpoint, ranks)
     if checkpoint_epoch(checkpoint) > config.epochs:

@@ -79,6 +79,8 @@ def test_one_process_on_a_machine_with_several_gpus_says_that_others_are_idle(mo
     ("words", "expected"),
     [
         (["--nproc", "2", "--hostfile", "hosts"], "expected one of them"),
+        (["--dry-run", "--nproc", "2", "--hardware", "8xA800"], "expected one of them"),
+        (["--dry-run", "--hostfile", "hosts"], "name the hosts' GPUs instead, for example --hardware 16x80GB"),
         (["--max-restarts", "1"], "--max-restarts=1: goes with --nproc"),
         (["--nproc", "2", "--max-restarts", "x"], "expected 0 or a positive number"),
         (["--nproc", "many"], "--nproc=many: expected a positive number or auto"),

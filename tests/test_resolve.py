@@ -13,6 +13,7 @@ from inverseq.model import action_hidden, check_head, load_model
 from inverseq.packing import view_lengths
 from inverseq.records import Response, Sample
 from inverseq.resolve import resolve, resolve_model_path
+from inverseq.run_directory import write_run_config
 from inverseq.small_model import MODEL_NAME
 from tests.tiny import make_tiny_model
 
@@ -249,3 +250,11 @@ def test_the_probe_pack_is_read_by_the_model(models, tmp_path):
     pack = resolved.probe_pack()
     check_head(model, pack, resolved.num_valid_vocab)
     assert action_hidden(model, pack).shape == (1, 8, 64)
+
+
+def test_a_resumed_run_without_a_checkpoint_says_that_it_starts_again(models, tmp_path, caplog):
+    config = config_for(tmp_path, models / "tiny")
+    write_run_config(config, tmp_path / "run")
+    with caplog.at_level("INFO"):
+        resolve(config, resume=True)
+    assert "run holds no complete checkpoint: the run starts from its beginning" in caplog.text
