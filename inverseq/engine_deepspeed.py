@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,12 +30,11 @@ from .integrations.versions import check_version
 from .model import FrozenPair
 from .policy import Policy
 from .records import PackedViews, StepMetrics, TrainStep
+from .zero_options import GATHER_NUMEL, zero_config
 
 __all__ = ["DeepSpeedEngine", "check_deepspeed", "shard_frozen"]
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
-GATHER_NUMEL = 2**28  # weights gathered at a time for a full copy
-REDUCE_NUMEL = 2**28  # gradients reduced at a time; DeepSpeed holds a buffer of this size, or two
 # A gathered copy runs other kernels than the trainer's forward; equal weights agree to rounding.
 COPY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats, largest of the probe's tokens
 
@@ -59,39 +58,6 @@ def load_deepspeed(device: torch.device) -> Any:
         # An all-reduce for inference that training never calls; it would be compiled by the first run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def zero_config(
-    stage: int,
-    *,
-    offload_optimizer: bool,
-    offload_parameters: bool,
-    max_grad_norm: float,
-    weights: Sequence[Tensor],
-    device: torch.device,
-) -> dict[str, Any]:
-    """DeepSpeed's configuration for these weights, which have one dtype, and the device that computes."""
-    on_cuda = device.type == "cuda"
-    host = {"device": "cpu", "pin_memory": on_cuda}
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": on_cuda}
-    zero["reduce_bucket_size"] = min(REDUCE_NUMEL, sum(weight.numel() for weight in weights))
-    if offload_optimizer:
-        zero["offload_optimizer"] = host
-    if offload_parameters:
-        zero["offload_param"] = host
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,  # 1.0 unless said otherwise
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
-    if weights[0].dtype == torch.bfloat16:
-        # ZeRO-1 would keep the 16-bit gradients of a whole micro-batch beside their fp32 sums.
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
 
 
 class DeepSpeedEngine:

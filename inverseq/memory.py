@@ -1,25 +1,29 @@
 """An estimate of the memory of a run, part by part and rank by rank, before any weight is loaded.
 
 Every part is a stated formula of the models' shapes, the configuration and the placement. P is the number of
-parameters, b the bytes of a weight (4 in fp32, 2 in bf16), N the number of ranks, the other letters are the project's
-legend (T tokens of a pack, D, V) with I the MLP's width and Q and KV the widths of all query and key heads. The shares
-of ZeRO are those of its paper (arXiv 1910.02054) with fp32 accumulation of the gradients. Left out: what torch itself
-takes (about 0.5 GiB on a CPU; ``Hardware.usable_bytes`` keeps it free on CUDA), fragmentation, and the temporaries of
-single operations.
+parameters, b the bytes of a weight (4 in fp32, 2 in bf16), N the number of ranks, M the size of the largest weight, the
+other letters are the project's legend (T tokens of a pack, D, V) with I the MLP's width and Q and KV the widths of all
+query and key heads. What DeepSpeed holds is in ``memory_zero``. Left out: what torch itself takes (about 0.5 GiB on a
+CPU; ``Hardware.usable_bytes`` keeps it free on CUDA), fragmentation, the temporaries of single operations, the loading
+of the models, and what checkpoints and exports copy to the host.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from .config import Config, LoraConfig
+from .config import LoraConfig
+from .memory_records import FP32, GIB, PHASES, Hardware, Job, MemoryPart, ModelSize, Placement, Trained
+from .memory_zero import zero_parts
+from .zero_options import GATHER_NUMEL, LIVE_NUMEL, PREFETCH_NUMEL
 
 __all__ = [
+    "GIB",
     "PHASES",
     "Hardware",
     "Job",
@@ -36,89 +40,8 @@ __all__ = [
     "peak_of_phases",
 ]
 
-PHASES = ("sample", "score", "train")
-FP32 = 4
-GIB = 2**30
 CACHE = "keys and values, sampling"
 DEFAULT_WORKSPACE_MIB = {"cuda": 512, "cpu": 256}
-# DeepSpeed's defaults, in elements: a reduction bucket, and the parameters that ZeRO-3 holds gathered or prefetched.
-BUCKET_ELEMENTS = 500_000_000
-LIVE_ELEMENTS = 1_000_000_000 + 50_000_000
-# Of a GPU: the CUDA context, NCCL's buffers and cuBLAS's workspaces, and the share that fragmentation may take.
-CUDA_RESERVE_BYTES, CUDA_USABLE_SHARE = 2 * GIB, 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """What the memory of a causal language model depends on."""
-
-    num_parameters: int
-    num_layers: int
-    hidden: int
-    intermediate: int
-    query_width: int
-    key_value_width: int
-    vocab: int
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """The devices that a run's ranks stand on, one rank a GPU, or all ranks of a host sharing its memory."""
-
-    name: str
-    device_type: str  # "cuda" or "cpu"
-    device_bytes: int  # memory of one GPU, or of the host
-    host_bytes: int | None  # memory of a host; None is unknown and never checked
-    ranks_per_host: int = 1
-
-    @property
-    def rank_bytes(self) -> int:
-        """Bytes of the device that one rank has."""
-        return self.device_bytes if self.device_type == "cuda" else self.device_bytes // self.ranks_per_host
-
-    @property
-    def usable_bytes(self) -> int:
-        """Bytes of a rank that a plan may fill."""
-        if self.device_type == "cuda":
-            return int(self.device_bytes * CUDA_USABLE_SHARE) - CUDA_RESERVE_BYTES
-        return self.rank_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What has to be placed."""
-
-    config: Config
-    policy: ModelSize
-    plain: ModelSize | None  # π_l of the model contrast
-    weight_bytes: int  # 2 or 4 bytes a weight
-    longest_prompt: int  # tokens
-    hardware: Hardware
-    world_size: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where the models stand. ``reasons`` are lines for the log, ``phase_bytes`` the estimate of each phase."""
-
-    zero_stage: int  # 0 is no sharding: one process, or plain data parallelism
-    offload_optimizer: bool  # optimizer state, fp32 masters and gradients in host memory
-    offload_parameters: bool  # the policy's weights too (stage 3 only)
-    frozen: str  # "replicated" on every rank, "sharded" over the ranks (ZeRO-3), or on the "host" while not scoring
-    gradient_checkpointing: bool
-    reasons: tuple[str, ...] = ()
-    phase_bytes: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPart:
-    """One part of a rank's memory, and the phases of an epoch in which it is held."""
-
-    name: str
-    num_bytes: int
-    phases: tuple[str, ...]
-    formula: str
-    on_host: bool = False  # beside a GPU; on a CPU everything is on the device
 
 
 def model_size(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelSize:
@@ -174,59 +97,44 @@ def estimate_memory(job: Job, placement: Placement) -> list[MemoryPart]:
 
 
 def policy_parts(job: Job, placement: Placement) -> list[MemoryPart]:
-    """Weights, fp32 masters, AdamW's moments and gradients, each whole or one rank's share of it.
+    """The policy's weights, and what trains them; under LoRA the whole base, and adapters that alone are trained.
 
-    ZeRO keeps fp32 masters apart from the weights even when these are fp32. A 16-bit gradient is added to its fp32 sum
-    and dropped as soon as the backward pass has made it (ZeRO-1 widens it first), unless ZeRO-2 and 3 reduce it bucket
-    by bucket. ZeRO-1 on 16-bit weights and ZeRO-3 keep the memory of their sums from one step to the next.
+    In one process adapters are fp32; DeepSpeed has one dtype, which is the base's.
     """
-    b, count, stage = job.weight_bytes, job.policy.num_parameters, placement.zero_stage
-    if job.config.policy.lora.rank:
-        return [MemoryPart("policy weights", count * b, PHASES, "b·P"), *adapter_parts(job, stage)]
-    on_gpu = job.hardware.device_type == "cuda"
-    offload_optimizer = placement.offload_optimizer and on_gpu
-    offload_parameters = placement.offload_parameters and on_gpu
+    policy, lora, b, stage = job.policy, job.config.policy.lora, job.weight_bytes, placement.zero_stage
+    if not lora.rank:
+        trained = Trained(policy.num_parameters, policy.hidden * max(policy.vocab, policy.intermediate), b)
+        share = -(-trained.count // job.world_size) if stage == 3 else trained.count
+        formula, away = "b·P/N" if stage == 3 and job.world_size > 1 else "b·P", placement.offload_parameters
+        weights = [MemoryPart("policy weights", share * b, PHASES, formula, away and job.on_gpu)]
+    else:
+        b = b if stage else FP32
+        trained = Trained(adapter_parameters(policy, lora), lora.rank * max(policy.hidden, policy.intermediate), b)
+        weights = [
+            MemoryPart("policy weights", policy.num_parameters * job.weight_bytes, PHASES, "b·P"),
+            MemoryPart("adapters", trained.count * b, PHASES, f"{b}·{trained.count:,}"),
+        ]
+    return [*weights, *(zero_parts(job, placement, trained) if stage else plain_parts(job, trained))]
 
-    def share(from_stage: int) -> tuple[int, str]:
-        sharded = stage >= from_stage and job.world_size > 1
-        return (-(-count // job.world_size), "P/N") if sharded else (count, "P")
 
-    (weights, w), (optimizer, o), (gradients, g) = share(3), share(1), share(2)
-    held = PHASES if stage == 3 or (stage == 1 and b < FP32 and not offload_optimizer) else ("train",)
-    parts = [MemoryPart("policy weights", weights * b, PHASES, f"b·{w}", offload_parameters)]
-    if b < FP32 or stage >= 1:
-        parts.append(MemoryPart("fp32 master weights", optimizer * FP32, PHASES, f"4·{o}", offload_optimizer))
+def plain_parts(job: Job, trained: Trained) -> list[MemoryPart]:
+    """What ``TorchEngine`` holds beside the weights: a 16-bit gradient leaves as soon as it is made."""
+    count, largest, b = trained.count, trained.largest, trained.weight_bytes
+    parts = [MemoryPart("fp32 master weights", count * FP32, PHASES, "4·P")] if b < FP32 else []
     parts += [
-        MemoryPart("AdamW moments", 2 * optimizer * FP32, PHASES, f"2·4·{o}", offload_optimizer),
-        MemoryPart("gradients", gradients * FP32, held, f"4·{g}, summed in fp32", offload_optimizer),
+        MemoryPart("AdamW moments", 2 * count * FP32, PHASES, "2·4·P"),
+        MemoryPart("gradients", count * FP32, ("train", "update"), "4·P, summed in fp32"),
     ]
-    if stage < 2 and b < FP32:
-        largest = job.policy.hidden * max(job.policy.vocab, job.policy.intermediate)
-        widened, formula = (FP32, "(b + 4)") if stage else (0, "b")
-        formula = f"{formula}·max(V·D, I·D), until it is summed"
-        parts.append(MemoryPart("gradient of one weight", (b + widened) * largest, ("train",), formula))
+    if b < FP32:
+        parts.append(MemoryPart("gradient of one weight", b * largest, ("train",), "b·M, until it is summed"))
+    if not job.on_gpu:  # the fused optimizer of CUDA makes none
+        parts.append(MemoryPart("temporaries of AdamW", 2 * FP32 * largest, ("update",), "2·4·M"))
     return parts
 
 
-def adapter_parts(job: Job, stage: int) -> list[MemoryPart]:
-    """Adapters and what trains them: in fp32 in one process, under ZeRO in the base's dtype with fp32 masters.
-
-    Gradients are counted whole: what ZeRO-2 saves of so few is less than its buckets take.
-    """
-    count = adapter_parameters(job.policy, job.config.policy.lora)
-    if stage == 0:
-        return [
-            MemoryPart("adapters", count * FP32, PHASES, f"4·{count:,} in fp32"),
-            MemoryPart("AdamW moments", 2 * count * FP32, PHASES, "2·4 per adapter weight"),
-            MemoryPart("gradients", count * FP32, ("train",), "4 per adapter weight"),
-        ]
-    share, b = -(-count // job.world_size), job.weight_bytes
-    return [
-        MemoryPart("adapters", count * b, PHASES, f"b·{count:,}"),
-        MemoryPart("fp32 master weights", share * FP32, PHASES, "4 per adapter weight, over the ranks"),
-        MemoryPart("AdamW moments", 2 * share * FP32, PHASES, "2·4 per adapter weight, over the ranks"),
-        MemoryPart("gradients", count * (b + FP32), ("train",), "b + 4 per adapter weight"),
-    ]
+def scoring(job: Job) -> tuple[str, ...]:
+    """The phases in which frozen models run."""
+    return ("sample", "score") if job.config.sampling.overlap else ("score",)
 
 
 def adapter_parameters(size: ModelSize, lora: LoraConfig) -> int:
@@ -253,8 +161,8 @@ def frozen_parts(job: Job, placement: Placement) -> list[MemoryPart]:
         num_bytes = count * job.weight_bytes
         if placement.frozen == "sharded":
             parts.append(MemoryPart(name, -(-num_bytes // job.world_size), PHASES, f"b·P/N, {what}"))
-        elif placement.frozen == "host" and job.hardware.device_type == "cuda":
-            parts.append(MemoryPart(name, num_bytes, ("score",), f"b·P, {what}; on the host otherwise"))
+        elif placement.frozen == "host" and job.on_gpu:
+            parts.append(MemoryPart(name, num_bytes, scoring(job), f"b·P, {what}; on the host otherwise"))
             parts.append(MemoryPart(f"{name}, host", num_bytes, PHASES, f"b·P, {what}", on_host=True))
         else:
             parts.append(MemoryPart(name, num_bytes, PHASES, f"b·P, {what}"))
@@ -262,22 +170,26 @@ def frozen_parts(job: Job, placement: Placement) -> list[MemoryPart]:
 
 
 def gathered_parts(job: Job, placement: Placement) -> list[MemoryPart]:
-    """What sharding costs: buckets of the reductions, layers gathered for their computation, the sampler's copy."""
-    b, count, stage = job.weight_bytes, job.policy.num_parameters, placement.zero_stage
+    """What sharding costs beside its reductions: gathered layers, and the whole copy that a sampler is given.
+
+    A layer is gathered into one buffer and copied out of it; of one rank it is used where it is.
+    """
+    b, policy, stage = job.weight_bytes, job.policy, placement.zero_stage
+    count, largest = policy.num_parameters, policy.hidden * max(policy.vocab, policy.intermediate)
     parts = []
-    if stage >= 1:
-        lora = job.config.policy.lora
-        reduced = adapter_parameters(job.policy, lora) if lora.rank else count
-        buckets = 2 * b * min(reduced, BUCKET_ELEMENTS)
-        parts.append(MemoryPart("communication buckets", buckets, ("train",), "two of b·min(trained weights, 5e8)"))
-    live = b * min(count, LIVE_ELEMENTS)
     sharded_frozen = placement.frozen == "sharded"
-    if stage == 3 or sharded_frozen:
-        phases = ("score",) * sharded_frozen + ("train",) * (stage == 3)
-        parts.append(MemoryPart("gathered layers", live, phases, "b·min(P, 1.05e9)"))
-    backend = job.config.sampling.backend
-    if backend == "lmdeploy" or (stage == 3 and backend == "transformers"):  # a server holds its own elsewhere
-        parts.append(MemoryPart("sampler's copy of the policy", count * b, ("sample",), "b·P, whole while sampling"))
+    if (stage == 3 or sharded_frozen) and (job.world_size > 1 or placement.offload_parameters):
+        live = b * (min(count, LIVE_NUMEL + largest) + min(count, PREFETCH_NUMEL + largest))
+        phases = scoring(job) * sharded_frozen + ("train",) * (stage == 3)
+        parts.append(MemoryPart("gathered layers", live, phases, "b·(min(P, 1e9 + M) + min(P, 5e7 + M))"))
+    if stage == 3:
+        parts.append(MemoryPart("whole copy of the policy", count * b, ("sample",), "b·P, while sampling"))
+        buffers = 2 * b * min(count, GATHER_NUMEL)
+        parts.append(MemoryPart("buffers of its gathering", buffers, ("sample",), "2·b·min(P, 2^28)"))
+    if job.config.sampling.backend == "lmdeploy":
+        asleep = tuple(phase for phase in PHASES if phase != "sample")
+        parts.append(MemoryPart("weights of LMDeploy", count * b, ("sample",), "b·P; asleep they are on the host"))
+        parts.append(MemoryPart("weights of LMDeploy, host", count * b, asleep, "b·P, asleep", on_host=True))
     return parts
 
 
@@ -290,7 +202,7 @@ def activation_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     layers = "layers·D·b + one layer" if checkpointing else "layers·((4b + 8) D + 4b I + 5b Q)"
     parts = [
         MemoryPart("activations, training pack", train, ("train",), f"T·({layers} + (4 + b) D)"),
-        MemoryPart("activations, scoring pack", score, ("score",), "T·(3 I + 4 D)·b, one layer at a time"),
+        MemoryPart("activations, scoring pack", score, scoring(job), "T·(3 I + 4 D)·b, one layer at a time"),
     ]
     if config.sampling.backend in ("transformers", "lmdeploy"):
         together = min(config.sampling.batch_size, -(-config.sampling.samples_per_epoch // job.world_size))
@@ -304,7 +216,7 @@ def activation_parts(job: Job, placement: Placement) -> list[MemoryPart]:
 def operation_parts(job: Job) -> list[MemoryPart]:
     """What the fused operations hold beside their outputs."""
     workspace = (job.config.engine.workspace_mib or DEFAULT_WORKSPACE_MIB[job.hardware.device_type]) * 2**20
-    parts = [MemoryPart("workspace of the operations", workspace, ("score", "train"), "engine.workspace_mib")]
+    parts = [MemoryPart("workspace of the operations", workspace, (*scoring(job), "train"), "engine.workspace_mib")]
     if job.weight_bytes < FP32 and not job.config.policy.lora.rank:
         accumulator = job.policy.vocab * job.policy.hidden * FP32
         parts.append(MemoryPart("head gradient accumulator", accumulator, ("train",), "4 V·D for 16-bit weights"))

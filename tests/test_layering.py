@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "inverseq_kernels"
 # What every stage may import, apart from the kernels.
 FOUNDATION = {"records", "config", "attention", "model", "packing", "atomic", "distributed"}
 FOUNDATION |= {"attention_layout", "attention_sdpa", "attention_varlen", "attention_flex"}
-FOUNDATION |= {"fused_layers", "lora", "transfers"}
+FOUNDATION |= {"fused_layers", "lora", "transfers", "zero_options"}
 # Only these know the order of the stages, or read the configuration for all of them.
 COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "placement"}
 COMPOSING |= {"run_state", "overlap", "__init__", "__main__"}
@@ -28,6 +28,7 @@ STAGES_OF_SEVERAL_FILES = [
     {"metrics", "progress"},
     {"policy", "engine", "engine_deepspeed"},
     {"checkpoint", "checkpoint_files", "checkpoint_sharded"},
+    {"memory", "memory_records", "memory_zero"},
 ]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 DICTATED_PARAMETERS = {"packed_attention"}  # transformers calls it

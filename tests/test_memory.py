@@ -24,6 +24,7 @@ from inverseq.memory import (
     needed_bytes,
     peak_of_phases,
 )
+from inverseq.memory_zero import pinned_bytes
 from inverseq.packing import pack_views
 from tests.tiny import make_tiny_model
 from tests.tiny_samples import make_samples
@@ -126,7 +127,7 @@ def test_a_phase_holds_the_parts_that_name_it_and_the_largest_phase_decides():
     parts = estimate(load_config("vicuna-7b"), model_size(LLAMA_7B))
     totals = peak_of_phases(parts)
     by_name = {part.name: part for part in parts}
-    assert by_name["gradients"].phases == ("train",)
+    assert by_name["gradients"].phases == ("train", "update")
     for phase in PHASES:
         assert totals[phase] == sum(part.num_bytes for part in parts if phase in part.phases)
     assert needed_bytes(parts, "cpu") == max(totals.values()) == totals["sample"]
@@ -144,6 +145,7 @@ def test_zero_divides_what_its_stage_says_among_the_ranks():
     """The shares of the ZeRO paper, table 1: 16-bit weights, fp32 masters and moments, and fp32 gradients."""
     config, policy, n = load_config("vicuna-7b"), model_size(LLAMA_7B), 8
     count = policy.num_parameters
+    largest = 4096 * 32000
     whole, divided = 1, n
     shares = {1: (whole, divided, whole), 2: (whole, divided, divided), 3: (divided, divided, divided)}
     for stage, (weights, optimizer, gradients) in shares.items():
@@ -153,8 +155,8 @@ def test_zero_divides_what_its_stage_says_among_the_ranks():
         assert found["fp32 master weights"] == pytest.approx(4 * count / optimizer, rel=1e-6)
         assert found["AdamW moments"] == pytest.approx(8 * count / optimizer, rel=1e-6)
         assert found["gradients"] == pytest.approx(4 * count / gradients, rel=1e-6)
-        assert found.get("gradient of one weight", 0) == ((2 + 4) * 4096 * 32000 if stage < 2 else 0)
-        assert ("gathered layers" in found) == ("sampler's copy of the policy" in found) == (stage == 3)
+        assert found["gradient of one weight"] == (2 * largest if stage == 3 else (2 + 4) * largest)
+        assert ("gathered layers" in found) == ("whole copy of the policy" in found) == (stage == 3)
         assert found["frozen model"] == 2 * count
     fp32 = sizes_of(estimate(config, policy, weight_bytes=4, placement=placement, world_size=n, device_type="cpu"))
     assert fp32["fp32 master weights"] == pytest.approx(4 * count / n, rel=1e-6)  # apart from the weights
@@ -178,10 +180,16 @@ def test_offload_moves_the_optimizer_and_then_the_weights_to_the_host():
     config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
     count = size.num_parameters
     optimizer = estimate(config, size, placement=Placement(2, True, False, "replicated", True))
-    assert host_bytes_of(optimizer) == (4 + 8 + 4) * count
+    # Pinned memory is taken in powers of two: masters, gradients, 16-bit weights and one weight's gradient.
+    pinned = [pinned_bytes(size) for size in (4 * count, 4 * count, 2 * count, 2 * 4096 * 32000)]
+    assert pinned == [2**35, 2**35, 2**34, 2**28]
+    assert host_bytes_of(optimizer) == sum(pinned) + 8 * count
+    on_gpu = sizes_of([part for part in optimizer if not part.on_host])
+    assert on_gpu["gradients"] == 4 * count  # DeepSpeed sums in fp32 on the GPU all the same
     assert "policy weights" in sizes_of([part for part in optimizer if not part.on_host])
     everything = estimate(config, size, placement=Placement(3, True, True, "replicated", True))
-    assert host_bytes_of(everything) == (2 + 4 + 8 + 4) * count
+    assert host_bytes_of(everything) > (2 + 4 + 8 + 4 + 4) * count  # and two sets of gradients
+    assert "gradients" not in sizes_of(everything)
     on_cpu = estimate(config, size, placement=Placement(3, True, True, "replicated", True), device_type="cpu")
     assert host_bytes_of(on_cpu) == 0
 
@@ -217,8 +225,20 @@ def test_an_engine_of_its_own_holds_a_copy_of_the_policy_on_each_gpu():
     config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
     apart = replace(config, sampling=replace(config.sampling, backend="lmdeploy"))
     found = sizes_of(estimate(apart, size))
-    assert found["sampler's copy of the policy"] == 2 * size.num_parameters
-    assert "sampler's copy of the policy" not in sizes_of(estimate(config, size))
+    assert found["weights of LMDeploy"] == found["weights of LMDeploy, host"] == 2 * size.num_parameters
+    assert "weights of LMDeploy" not in sizes_of(estimate(config, size))
+    sharded = sizes_of(estimate(apart, size, placement=Placement(3, False, False, "replicated", True), world_size=8))
+    assert sharded["whole copy of the policy"] == sharded["weights of LMDeploy"]  # gathered, and still there
+
+
+def test_scoring_while_sampling_is_counted_in_both_phases():
+    size = model_size(LLAMA_7B)
+    away = Placement(2, False, False, "host", True)
+    apart = load_config("vicuna-7b")
+    both = replace(apart, sampling=replace(apart.sampling, overlap=True))
+    for config, phases in ((apart, ("score",)), (both, ("sample", "score"))):
+        parts = {part.name: part for part in estimate(config, size, placement=away, world_size=8)}
+        assert parts["frozen model"].phases == parts["activations, scoring pack"].phases == phases
 
 
 def test_the_machines_memory_is_known():
