@@ -128,7 +128,8 @@ def torch_varlen_function() -> Callable:
     """``torch.nn.attention.varlen.varlen_attn`` under this module's arguments, for every signature it has had.
 
     torch 2.10 takes ``is_causal`` and scales by the head size alone; later releases say causality and window as
-    ``window_size``, in which (W − 1, 0) sees W keys, and take ``scale``; the newest also want ``enable_gqa``.
+    ``window_size``, in which (W − 1, 0) sees W keys, and take ``scale``; the newest want ``enable_gqa`` for fewer heads
+    of keys, which the kernels beneath have always taken (those of torch 2.11 expect (total_k, num_heads_k, head_size)).
     Raises ValueError when this torch has none, or one with arguments that no release had.
     """
     try:
@@ -152,11 +153,8 @@ def torch_varlen_function() -> Callable:
             options["scale"] = scaling
         else:
             q = q * (scaling * q.shape[-1] ** 0.5)
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1 and "enable_gqa" in parameters:
-            options["enable_gqa"] = True
-        elif groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if "enable_gqa" in parameters:  # the kernels take fewer heads of keys in every release
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
         return varlen.varlen_attn(q, k, v, *lengths, **options)
 
     return attend

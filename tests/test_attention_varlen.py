@@ -163,6 +163,24 @@ def test_scores_are_scaled_as_the_model_says(monkeypatch, kernel):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("version", DOUBLES)
+def test_keys_of_grouped_heads_are_not_repeated(monkeypatch, version):
+    seen = []
+    double = DOUBLES[version]
+
+    def kernel(query, key, value, *args, **kwargs):
+        seen.append((query.shape[1], key.shape[1], value.shape[1]))
+        return double(query, key, value, *args, **kwargs)
+
+    kernel.__signature__ = inspect.signature(double)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    layout = attention_layout(make_pack(random_sequences([4, 5])))
+    heads = [torch.randn(1, count, 9, 8) for count in (6, 2, 2)]
+    actual = varlen_attention(torch_varlen_function(), *heads, layout, None, None, None)
+    torch.testing.assert_close(actual, sdpa_attention(*heads, layout, None, None, None), rtol=1e-5, atol=1e-5)
+    assert seen == [(6, 2, 2)]
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("version", ["2.11", "2.13"])
 def test_the_samplers_cuda_path_equals_its_cpu_path(monkeypatch, version, window):
