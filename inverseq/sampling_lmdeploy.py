@@ -11,6 +11,7 @@ Nothing here has run on a GPU: what is tested are the forms of requests, answers
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import subprocess
@@ -138,6 +139,7 @@ class LmdeploySampler:
             if self.is_main:
                 save_weights(policy, self.tokenizer, self.weights_dir, self.stop_ids)
             wait_for_all_ranks()
+            release_unused_memory()
             self.engine.start(self.weights_dir)
             self.is_asleep = False
         elif not (self.can_update and self.engine.is_running and self.updated(policy)):
@@ -149,6 +151,7 @@ class LmdeploySampler:
         try:
             if not self.is_asleep:
                 self.engine.sleep()
+            release_unused_memory()
             self.engine.wake_up(["weights"])
             layers = layers_of(policy)
             layer = next(layers)
@@ -174,12 +177,14 @@ class LmdeploySampler:
         self.engine.stop()
         own = self.weights_dir.with_name(f"{self.weights_dir.name}_rank{data_parallel_rank()}")
         save_weights(self.policy, self.tokenizer, own, self.stop_ids)
+        release_unused_memory()
         self.engine.start(own)
         self.is_asleep = False
 
     def rouse(self) -> None:
         """Wake the engine up if it sleeps."""
         if self.is_asleep:
+            release_unused_memory()
             self.engine.wake_up()
             self.is_asleep = False
 
@@ -276,6 +281,17 @@ def reseeded(request: Request) -> Request:
     return Request(
         request.index, request.input_ids, request.max_new_tokens, request.stop_ids, (request.seed + 1) % 2**63
     )
+
+
+def release_unused_memory() -> None:
+    """Give back what torch keeps for later: an engine with an allocator of its own takes what is free.
+
+    Behind a training phase that is most of the GPU. LMDeploy sizes its cache by what is free when it starts, and wakes
+    up with a cache of that size.
+    """
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def wait_for_all_ranks() -> None:

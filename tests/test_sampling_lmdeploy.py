@@ -261,7 +261,10 @@ class RecordedEngine:
     def sleep(self):
         self.events.append("sleep")
 
-    wake_up = update = None
+    def wake_up(self, tags=()):
+        self.events.append("wake up")
+
+    update = None
 
     def answers(self, requests):
         for request in requests:
@@ -273,6 +276,7 @@ class RecordedEngine:
 def recorded(events, tmp_path, monkeypatch, *, is_main=True) -> LmdeploySampler:
     monkeypatch.setattr(module, "save_weights", lambda *arguments: events.append("save"))
     monkeypatch.setattr(module, "wait_for_all_ranks", lambda: events.append("wait"))
+    monkeypatch.setattr(module, "release_unused_memory", lambda: events.append("release"))
     return LmdeploySampler(
         SamplingConfig(backend="lmdeploy"),
         make_tokenizer(),
@@ -288,8 +292,19 @@ def test_one_rank_saves_the_weights_and_all_load_them_after_that(tmp_path, monke
     main, other = [], []
     recorded(main, tmp_path, monkeypatch).sync(policy(0), 0)
     recorded(other, tmp_path, monkeypatch, is_main=False).sync(policy(0), 0)
-    assert main == ["stop", "save", "wait", "start weights"]
-    assert other == ["stop", "wait", "start weights"]
+    assert main == ["stop", "save", "wait", "release", "start weights"]
+    assert other == ["stop", "wait", "release", "start weights"]
+
+
+def test_the_engine_finds_the_gpu_memory_that_training_left_in_torchs_cache(tmp_path, monkeypatch):
+    events = []
+    sampler = recorded(events, tmp_path, monkeypatch)
+    sampler.sync(policy(0), 0)
+    events.clear()
+    sampler.rest()
+    sampler.rouse()
+    sampler.restart()
+    assert events == ["sleep", "release", "wake up", "stop", "save", "release", "start weights_rank0"]
 
 
 def test_a_response_that_is_drawn_again_has_another_seed(tmp_path, monkeypatch):
