@@ -68,7 +68,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         use_rslora=config.rank_stabilized,
     )
-    with torch.random.fork_rng():
+    devices = [model.device] if model.device.type == "cuda" else []  # without them torch asks about every GPU there is
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         model.add_adapter(settings, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
