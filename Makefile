@@ -1,5 +1,6 @@
 # make env    create .venv with both distributions, the C++ extension and the small chat model
-# make test   the same environment, then the whole test suite             (TESTS="tests/test_x.py -k name" for a part)
+# make test   the same environment, then the whole test suite             (TESTS="tests/test_x.py -k name" for a part,
+#                                                                          JOBS=8 files at a time)
 # make demo   train the small chat model with the demo recipe             (RUN=DIR chooses or continues a run directory,
 #                                                                          ARGS="epochs=1 …" overrides the recipe)
 # make lmdeploy-env    a second environment, .venv-lmdeploy: LMDeploy beside .venv's packages, no GPU needed
@@ -17,6 +18,9 @@ RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 endif
 ARGS ?=
 TESTS ?= tests
+# Many tests wait for processes that they start, so two files at a time are worth it on any machine; one thread each, for
+# threads that wait for a processor do so actively.
+JOBS ?= 2
 
 .PHONY: env test demo lmdeploy-env lmdeploy-test clean-env
 .DELETE_ON_ERROR:
@@ -26,7 +30,7 @@ env: $(VENV)/.installed
 	@echo "environment: $(VENV)   small chat model: $$(cat $(VENV)/.small-model)"
 
 test: env
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # A run directory that exists is continued: a finished run prints its table again, a stopped one goes on.
 demo: env
