@@ -5,9 +5,12 @@
 
     sft         the model as it is
     prompting   the model as it is, reading the principle
-    dpo         TRL's DPO on HH pairs, as many a round as the others have samples
+    dpo         TRL's DPO on HH pairs, as many a round as the others have samples; the proxy was fitted on them too
     rloo        TRL's RLOO on the reward proxy: the on-policy trainer for the paper's PPO, which TRL 1.16 does not have
     inverseq    this project; no pairs and no reward
+
+A round of TRL is a trainer of its own on the model of the round before: its optimizer starts anew, and RLOO's KL (β
+0.05) is to the round's start; DPO's reference is the initial model throughout. This project's run is resumed.
 
 DIR is as in ``convergence.py``, whose reward proxy scores the answers to held-out HH prompts after every round. The win
 rate is the share of prompts whose answer the proxy scores above the initial model's (ties half), not a judge's. Seconds
@@ -37,12 +40,14 @@ from packing import cpu_name
 
 from inverseq.config_loading import load_config
 from inverseq.evaluation.generate import DEFAULTS, generate
+from inverseq.evaluation.plots import COLORS
 from inverseq.evaluation.readers import read_questions
 from inverseq.resolve import resolve_model_path
 from inverseq.sample_files import read_evaluation
 
 METHODS = ("sft", "prompting", "dpo", "rloo", "inverseq")
 NAMES = {"rloo": "RLOO (TRL)", "dpo": "DPO (TRL)", "sft": "SFT", "prompting": "prompting", "inverseq": "Inverse-Q*"}
+STYLES = {"dpo": (COLORS[1], "s"), "rloo": (COLORS[2], "^"), "inverseq": (COLORS[0], "o")}
 
 
 @dataclass
@@ -102,7 +107,7 @@ def answers_of(arguments: argparse.Namespace, model: str, name: str, *, principl
     out = arguments.runs / "answers" / f"{name}.jsonl"
     words = [
         f"model.path={model}", f"run_dir={arguments.runs}", f"sampling.max_new_tokens={arguments.max_new_tokens}",
-        "prompts.max_prompt_tokens=384", "contrast.principle=default",
+        "contrast.principle=default",
     ]  # fmt: skip
     config = load_config(DEFAULTS, words)
     questions, _ = read_questions(str(arguments.hh / "harmless-base" / "test.jsonl.gz"))
@@ -112,14 +117,18 @@ def answers_of(arguments: argparse.Namespace, model: str, name: str, *, principl
 
 def row_of(arguments, proxy: RewardProxy, method: str, at: Round, answers: dict, initial: dict) -> dict:
     done, trained, _ = at
-    shared = sorted(set(answers) & set(initial))
+    if set(answers) != set(initial):
+        raise SystemExit(f"{method}: answers other prompts than the initial model, so that their means do not compare")
+    shared = sorted(initial)
     rewards, before = proxy.score([answers[i] for i in shared]), proxy.score([initial[i] for i in shared])
-    wins = ((rewards > before) + 0.5 * (rewards == before)).mean()
+    wins = (rewards > before) + 0.5 * (rewards == before)
     rounds = 0 if method in ("sft", "prompting") else arguments.rounds
     return {
         "op": "compare", "method": method, "round": done, "rounds": rounds, "num_samples": done * arguments.samples,
         "train_duration_s": trained.wall_s, "train_cpu_s": trained.cpu_s, "reward_proxy": float(rewards.mean()),
-        "reward_standard_error": float(rewards.std(ddof=1) / len(shared) ** 0.5), "win_rate_by_proxy": float(wins),
+        "reward_standard_error": float(rewards.std(ddof=1) / len(shared) ** 0.5),
+        "win_rate_by_proxy": float(wins.mean()),
+        "win_rate_standard_error": float(wins.std(ddof=1) / len(shared) ** 0.5),
         "num_answers": len(shared), "mean_characters": sum(len(answers[i]) for i in shared) / len(shared),
         "proxy_accuracy": proxy.accuracy, "learning_rate": arguments.lr, "measured": True,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
@@ -161,7 +170,7 @@ def train_inverseq(arguments: argparse.Namespace, proxy: RewardProxy) -> Iterato
 
 
 def train_with_trl(arguments: argparse.Namespace, make_trainer: Callable, name: str) -> Iterator[Round]:
-    """Rounds of a TRL trainer: all steps in one call of ``train``, stopped after each round's steps to evaluate."""
+    """Rounds of a TRL trainer: a new one each, on the model of the round before."""
     from inverseq.integrations.trl import use_linear_logprob
 
     undo, trained, model = use_linear_logprob(), Stopwatch(), arguments.model
@@ -282,8 +291,10 @@ def plot(rows: list[dict], path: Path) -> None:
             if method in ("sft", "prompting"):
                 axes.axhline(rewards[0], linestyle="--" if method == "sft" else ":", color="#555", label=NAMES[method])
             else:
-                axes.errorbar([row[key] for row in points], rewards, errors, marker="o", capsize=3, label=NAMES[method])
-    panels[0].set(xlabel="round", ylabel="reward proxy, with standard errors")
+                at = [row[key] for row in points]
+                color, marker = STYLES[method]
+                axes.errorbar(at, rewards, errors, marker=marker, color=color, capsize=3, label=NAMES[method])
+    panels[0].set(xlabel="round", ylabel="reward proxy (log-odds), ± 1 standard error")
     panels[1].set(xlabel="seconds of training" if on_gpu else "seconds of training (CPU time)")
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     panels[1].legend(loc="lower right", framealpha=1.0)

@@ -29,6 +29,7 @@ from gpu_suite_report import commit, versions
 from packing import cpu_name
 
 from inverseq.config_loading import load_config
+from inverseq.evaluation.plots import COLORS
 from inverseq.evaluation.sweep import score_alphas
 from inverseq.metrics import read_metrics
 from inverseq.sample_files import eval_path, read_evaluation, read_samples, samples_path
@@ -138,13 +139,16 @@ def plot(rows: list[dict], path: Path) -> None:
     )  # fmt: skip
     last = max(row["epoch"] for row in rows)
     for (above, below), key, label in zip(panels.T, keys, labels, strict=True):
-        for seed in sorted({row["seed"] for row in rows}):
+        for seed, color, marker in zip(sorted({row["seed"] for row in rows}), COLORS, "os^", strict=False):
             points = [r for r in rows if r["alpha"] == MAIN_ALPHA and r["seed"] == seed and r[key] is not None]
-            above.plot([r["epoch"] for r in points], [r[key] for r in points], marker="o", label=f"seed {seed}")
+            style = {"color": color, "marker": marker, "label": f"seed {seed}"}
+            above.plot([r["epoch"] for r in points], [r[key] for r in points], markersize=4, **style)
+            if points and seed != SEEDS[0]:
+                below.plot(MAIN_ALPHA, points[-1][key], markersize=5, **style)
         above.set(xlabel=f"epoch, α = {MAIN_ALPHA}", ylabel=label)
         points = sorted((r for r in rows if r["epoch"] == last and r["seed"] == SEEDS[0]), key=lambda r: r["alpha"])
-        below.plot([r["alpha"] for r in points], [r[key] for r in points], marker="s", color="#555")
-        below.set(xlabel=f"α, epoch {last}, one seed", ylabel=label)
+        below.plot([r["alpha"] for r in points], [r[key] for r in points], marker="o", markersize=4, color=COLORS[0])
+        below.set(xlabel=f"α, epoch {last}; seeds as above", ylabel=label)
         if key == "held_out_relative":
             below.set_title("each α against its own target", fontsize=8)
     panels[0, 0].legend(fontsize=8)

@@ -74,6 +74,7 @@ def test_every_method_is_evaluated_after_every_round_on_the_same_prompts(inputs,
         assert row["num_samples"] == 8 * row["round"] and -10 < row["reward_proxy"] < 10
         assert (row["train_duration_s"] > 0) == (row["train_cpu_s"] > 0) == (row["round"] > 0)
         assert row["win_rate_by_proxy"] == 0.5 or row["round"] or row["method"] == "prompting"
+        assert 0 <= row["win_rate_standard_error"] <= 0.5 / 3**0.5  # of four answers
     for method in ("dpo", "rloo", "inverseq"):
         seconds = [row["train_cpu_s"] for row in rows if row["method"] == method]
         assert seconds == sorted(seconds)
@@ -100,6 +101,12 @@ def test_a_finished_row_is_not_made_again_and_a_cut_method_is(inputs, rows, monk
     with pytest.raises(AssertionError, match="trained again"):
         run_compare(inputs, monkeypatch, "--methods", "dpo")
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_answers_to_other_prompts_are_not_averaged(inputs, rows):
+    arguments = SimpleNamespace(rounds=2, samples=8, lr=1e-3, model="m")
+    with pytest.raises(SystemExit, match="prompting: answers other prompts than the initial model"):
+        compare.row_of(arguments, None, "prompting", (0, compare.Stopwatch(), "m"), {"1": "x"}, {"1": "x", "2": "y"})
 
 
 def test_a_stopped_convergence_run_resumes_and_a_finished_one_is_kept(inputs, monkeypatch):
