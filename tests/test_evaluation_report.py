@@ -79,6 +79,9 @@ def test_the_page_has_every_part_and_its_numbers(run_dir, page):
     assert "samples_per_step: 4" in text and "Reward model" in text and "other plot: a-vs-b" in text
     assert "ppo $x_{$ <b>" in text
     assert page.read_text().count("<svg") >= 6
+    assert "ended by themselves (EOS)" in text and "held-out score" in text and "cut at the length limit" in text
+    for word in ("eos_rate", "truncation_rate", "held_out\n"):
+        assert word not in text  # keys of metrics.jsonl, which say nothing to a reader
 
 
 def test_the_page_asks_no_network_and_runs_no_script(page):

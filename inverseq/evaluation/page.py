@@ -30,7 +30,8 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } .facts td { text-align: left; overflow-wrap: anywhere; }
 thead th { overflow-wrap: normal; white-space: normal; min-width: 3.5rem; }
-figure { margin: 1rem 0; } figure svg, figure img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; overflow-x: auto; } figure svg, figure img { max-width: 100%; height: auto; }
+figure img { min-width: 40rem; }  /* smaller, its words cannot be read: on a phone it scrolls by itself */
 figcaption, .note { font-size: .85rem; color: #555; }
 pre, .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: #f6f6f6; padding: .75rem; font-size: .8rem; }
@@ -39,7 +40,7 @@ pre { background: #f6f6f6; padding: .75rem; font-size: .8rem; }
 .text span { border-radius: .15rem; } .text .break { color: #999; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 @media print {
-  body { max-width: none; font-size: 11pt; } figure, tr { break-inside: avoid; }
+  body { max-width: none; font-size: 11pt; } figure img { min-width: 0; } figure, tr { break-inside: avoid; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

@@ -160,6 +160,7 @@ def draw_curves(x: str, y: str, *, x_label: str = "", y_label: str = "") -> Call
         axes.set_ylabel(y_label or y)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        if len({row["series"] for row in rows}) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
     return draw

@@ -21,6 +21,7 @@ from .credit import TokenCredit, credit_of
 from .credit_cli import tokenizer_of_run
 from .heatmap import credit_html, messages_html, value_figure
 from .page import document, escape, figure_svg, table
+from .plots import COLORS
 from .report_results import find_results, results_sections
 
 __all__ = ["main", "report"]
@@ -41,7 +42,7 @@ COLUMNS = (
     ("trained tokens/s", "train_tokens_per_second"),
     ("epoch, s", "epoch_duration_s"),
 )
-# (caption, axis label, kind of row, x, keys)
+# (caption, axis label, kind of row, keys)
 CURVES = (
     ("Distance to the superior policy on held-out responses", "mean (log ratio)²", "epoch",
      ("held_out/mean_squared_log_ratio",)),
@@ -52,7 +53,9 @@ CURVES = (
     ("How responses end", "share", "epoch", ("eos_rate", "truncation_rate")),
     ("Gradient norm before clipping", "norm", "step", ("grad_norm",)),
 )  # fmt: skip
-PHASES = ("sample", "score", "train", "held_out")
+LABELS = {"eos_rate": "ended by themselves (EOS)", "truncation_rate": "cut at sampling.max_new_tokens"}
+ENDS = {"stop": "ended by itself", "length": "cut at the length limit"}
+PHASES = {"sample": "sample", "score": "score", "train": "train", "held_out": "held-out score"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,12 +138,13 @@ def curve_sections(epochs: list[dict], steps: list[dict]) -> Iterator[str]:
             continue
         figure = Figure(figsize=(7, 2.6))
         axes = figure.add_subplot()
-        for key in present:
+        for key, color in zip(present, COLORS, strict=False):
             points = [(row[kind], row[key]) for row in rows if row.get(key) is not None]
-            marker = "o" if kind == "epoch" else None
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=3.5, linewidth=1.4, label=key)
+            style = {"color": color, "linewidth": 1.4, "label": LABELS.get(key, key)}
+            axes.plot(*zip(*points, strict=True), marker="o" if kind == "epoch" else None, markersize=3.5, **style)
+            axes.update_datalim([(points[0][0], 0.0)])  # zero is in sight
         axes.set(xlabel="epoch" if kind == "epoch" else "optimizer step", ylabel=label)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.autoscale_view()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -153,7 +157,6 @@ def timing_section(epochs: list[dict]) -> str:
     """Seconds of each phase of each epoch, stacked."""
     from matplotlib.figure import Figure
 
-    keys = [f"{phase}_duration_s" for phase in PHASES]
     rows = [row for row in epochs if row.get("epoch_duration_s")]
     if not rows:
         return '<h2>Time</h2><p class="note">No finished epoch yet.</p>'
@@ -161,9 +164,9 @@ def timing_section(epochs: list[dict]) -> str:
     axes = figure.add_subplot()
     bottom = [0.0] * len(rows)
     positions = [row["epoch"] for row in rows]
-    for phase, key in zip(PHASES, keys, strict=True):
-        heights = [row.get(key) or 0.0 for row in rows]
-        axes.bar(positions, heights, bottom=bottom, label=phase)
+    for (phase, label), color in zip(PHASES.items(), COLORS, strict=False):
+        heights = [row.get(f"{phase}_duration_s") or 0.0 for row in rows]
+        axes.bar(positions, heights, bottom=bottom, label=label, color=color)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.bar(
         positions,
@@ -171,7 +174,8 @@ def timing_section(epochs: list[dict]) -> str:
         bottom=bottom, label="other", color="#bbb",
     )  # fmt: skip
     ends = [max(row["epoch_duration_s"], low) for row, low in zip(rows, bottom, strict=True)]
-    axes.bar(positions, [row.get("checkpoint_duration_s") or 0.0 for row in rows], bottom=ends, label="checkpoint")
+    heights = [row.get("checkpoint_duration_s") or 0.0 for row in rows]
+    axes.bar(positions, heights, bottom=ends, label="checkpoint", color=COLORS[len(PHASES)])
     axes.set(xlabel="epoch", ylabel="seconds")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -209,7 +213,8 @@ def sample_sections(config: Config, run_dir: Path, count: int) -> Iterator[str]:
 
 def sample_section(credit: TokenCredit, *, is_open: bool) -> str:
     count = len(credit.credit)
-    numbers = f": {credit.total:+.2f} nats over {count:,} tokens, {credit.finish_reason}"
+    end = ENDS.get(credit.finish_reason, credit.finish_reason)
+    numbers = f": credit {credit.total:+.2f} nats over {count:,} tokens, {end}"
     return "".join(
         [
             f"<details{' open' if is_open else ''}>",
