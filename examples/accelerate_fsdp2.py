@@ -22,10 +22,15 @@ def main(model_path: str, steps: int = 4) -> list[float]:
     module = CausalLMLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     module, optimizer = accelerator.prepare(module, optimizer)
-    ids = tokenizer(TEXTS[accelerator.process_index % len(TEXTS)], return_tensors="pt").input_ids.to(accelerator.device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    texts = TEXTS[accelerator.process_index % len(TEXTS) :]  # one or two, of different lengths
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(accelerator.device)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    num_tokens = accelerator.reduce((labels[:, 1:] != -100).sum(), "sum")  # over all processes, without padding
     losses = []
     for _ in range(steps):
-        loss = -module(ids, labels=ids).mean()
+        # FSDP averages gradients over the processes: times their number, a sum over tokens stays a mean over all.
+        loss = -module(**batch, labels=labels).sum() * accelerator.num_processes / num_tokens
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -27,16 +27,22 @@ def main(model_path: str, steps: int = 4) -> list[float]:
     # The module is what is wrapped: its forward reads the head while ZeRO-3 has gathered it.
     module = CausalLMLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=CONFIG)
-    rank = torch.distributed.get_rank()
-    ids = tokenizer(TEXTS[rank % len(TEXTS)], return_tensors="pt").input_ids.to(engine.device)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    texts = TEXTS[rank % len(TEXTS) :]  # one or two, of different lengths
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(engine.device)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    num_tokens = (labels[:, 1:] != -100).sum()
+    torch.distributed.all_reduce(num_tokens)  # over all processes, without padding
     losses = []
     for _ in range(steps):
-        loss = -engine(ids, labels=ids).mean()
+        # DeepSpeed averages gradients over the processes: times their number, a sum over tokens stays a mean over all.
+        loss = -engine(**batch, labels=labels).sum() * world / num_tokens
         engine.backward(loss)
         engine.step()
         mean = loss.detach().clone()
         torch.distributed.all_reduce(mean)
-        losses.append(mean.item() / torch.distributed.get_world_size())
+        losses.append(mean.item() / world)
     if rank == 0:
         print(f"loss by step: {', '.join(f'{loss:.4f}' for loss in losses)}")
     torch.distributed.destroy_process_group()

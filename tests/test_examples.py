@@ -49,15 +49,16 @@ def test_the_example_runs(path, model_path, tmp_path):
 
 
 def steps_of_one_process(model_path, steps):
-    """Losses of full logits and one optimizer over both texts."""
+    """Losses of full logits and one optimizer over the tokens of both processes: the first has both texts."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batches = [tokenizer(text, return_tensors="pt").input_ids for text in (*TEXTS, TEXTS[1])]
+    counts = [ids.shape[1] - 1 for ids in batches]
+    assert counts[0] != counts[1]
     losses = []
     for _ in range(steps):
-        loss = 0.0
-        for text in TEXTS:
-            ids = tokenizer(text, return_tensors="pt").input_ids
-            loss = loss + model(ids, labels=ids).loss / len(TEXTS)
+        sums = [model(ids, labels=ids).loss * count for ids, count in zip(batches, counts, strict=True)]
+        loss = sum(sums) / sum(counts)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
