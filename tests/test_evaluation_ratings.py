@@ -223,3 +223,8 @@ def test_the_command_writes_both_ratings_and_the_curve_with_its_data(tmp_path, c
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert main(["elo", str(first), "--anchor", "nobody"]) == 2
     assert "anchor 'nobody': expected one of the models" in capsys.readouterr().err
+    row = Verdict("x", "unread", "m0", "ab", "…", None, "j").row()
+    unread = tmp_path / "unread.jsonl"
+    unread.write_text(json.dumps(row) + "\n" + first.read_text())
+    assert main(["elo", str(unread), "--out", str(tmp_path / "out"), "--json"]) == 0  # nobody chose an anchor
+    assert json.loads(capsys.readouterr().out)["anchor"] == matches[0].a

@@ -130,6 +130,8 @@ def test_a_run_that_has_just_begun_has_a_page_too(run_dir, tmp_path):
     shutil.copy(run_dir / "config.yaml", young)
     text = text_of(report(young).read_text())
     assert "No epoch yet" in text and "No samples are shown" in text and "No results" in text
+    (young / "evaluation" / "rewards").mkdir(parents=True)  # as an interrupted inverseq-eval leaves it
+    assert "No results" in text_of(report(young).read_text())
 
 
 def test_bad_input_is_one_line(run_dir, tmp_path, capsys):

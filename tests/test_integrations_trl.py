@@ -181,6 +181,19 @@ def test_another_version_of_trl_gives_one_clear_message(monkeypatch, found):
         adapter.use_linear_logprob()
 
 
+def test_a_second_call_is_no_error_and_each_is_undone_alone():
+    import trl.trainer.utils as utils
+
+    stock = getattr(utils, adapter.NAME)
+    undo_first, first = adapter.use_linear_logprob(), getattr(utils, adapter.NAME)
+    undo_second = adapter.use_linear_logprob(workspace_bytes=2**20)
+    assert getattr(utils, adapter.NAME).options["workspace_bytes"] == 2**20
+    undo_second()
+    assert getattr(utils, adapter.NAME) is first
+    undo_first()
+    assert getattr(utils, adapter.NAME) is stock
+
+
 def test_a_head_of_trl_with_other_parameters_gives_the_same_message(monkeypatch):
     import trl.trainer.utils as utils
 

@@ -60,7 +60,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def add_elo_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of everything that rates models."""
-    parser.add_argument("--anchor", metavar="MODEL", help="the model whose rating is fixed (the first one)")
+    parser.add_argument("--anchor", metavar="MODEL", help="the model whose rating is fixed (the first judged)")
     parser.add_argument("--anchor-rating", type=float, default=ANCHOR_RATING, help="its rating (1000)")
     parser.add_argument("--prior", type=float, default=0.0, metavar="N", help="virtual ties between all models (0)")
     parser.add_argument("--k", type=float, default=K_FACTOR, help="online Elo's step (16)")
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def save_ratings(out: Path, matches: Sequence[Match], args: argparse.Namespace) -> tuple[dict[str, Any], list[Path]]:
     """Both ratings as plain JSON, and the files they were written to; ValueError as ``rate`` raises it."""
-    models = list(dict.fromkeys(name for match in matches for name in (match.a, match.b)))
-    anchor = args.anchor or models[0]
+    anchor = args.anchor or next((match.a for match in matches if match.score is not None), "")
     ratings = rate(matches, anchor=anchor, anchor_rating=args.anchor_rating, prior=args.prior)
     curves = online_elo(
         matches,

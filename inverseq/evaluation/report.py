@@ -22,7 +22,7 @@ from .credit_cli import tokenizer_of_run
 from .heatmap import credit_html, messages_html, value_figure
 from .page import document, escape, figure_svg, table
 from .plots import COLORS
-from .report_results import find_results, results_sections
+from .report_results import find_results, plots_below, results_sections
 
 __all__ = ["main", "report"]
 
@@ -89,14 +89,13 @@ def report(
         raise ValueError(f"--samples {num_samples}: expected 0 or more")
     config = load_config(run_dir / "config.yaml")
     epochs, steps = read_metrics(run_dir, "epoch"), read_metrics(run_dir, "step")
-    if results is None:
-        results = [run_dir / "evaluation"] if (run_dir / "evaluation").is_dir() else []
+    plots = plots_below(run_dir / "evaluation") if results is None else find_results(results)
     sections = [
         overview(config, epochs, steps),
         *curve_sections(epochs, steps),
         timing_section(epochs),
         *sample_sections(config, run_dir, num_samples),
-        *results_sections(find_results(results)),
+        *results_sections(plots),
         "<h2>Configuration</h2>",
         f"<pre>{escape(to_yaml(config))}</pre>",
     ]

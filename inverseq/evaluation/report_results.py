@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .page import escape, table
 
-__all__ = ["find_results", "results_sections"]
+__all__ = ["find_results", "plots_below", "results_sections"]
 
 MAX_ROWS = 200
 TITLES = {
@@ -30,11 +30,16 @@ def find_results(folders: Sequence[Path]) -> list[Path]:
     """Plots with their data below folders; ValueError for a folder that does not exist or holds none."""
     found = []
     for folder in folders:
-        plots = [path for path in sorted(folder.rglob("*.png")) if path.with_suffix(".csv").is_file()]
+        plots = plots_below(folder)
         if not plots:
             raise ValueError(f"{folder}: holds no result of inverseq-eval (a plot with its .csv)")
         found += plots
     return found
+
+
+def plots_below(folder: Path) -> list[Path]:
+    """Plots with their data in a folder and those inside; none where there is no such folder."""
+    return [path for path in sorted(folder.rglob("*.png")) if path.with_suffix(".csv").is_file()]
 
 
 def results_sections(plots: Sequence[Path]) -> Iterator[str]:

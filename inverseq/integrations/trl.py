@@ -33,14 +33,18 @@ METRIC_BYTES = 64 * 2**20  # fp32 logits of one chunk of rows
 def use_linear_logprob(*, backend: str | None = None, workspace_bytes: int | None = None) -> Callable[[], None]:
     """Make TRL's trainers use ``linear_logprob`` from now on; returns the function that undoes it.
 
-    Raises ValueError when trl is not installed or is a version whose head is not the one this was tested with.
+    A second call changes the options of the first until it is undone. Raises ValueError when trl is not installed or
+    is a version whose head is not the one this was tested with.
     """
     found = installed_version("trl", extra="trl", what="use_linear_logprob")
     import trl.trainer.utils as utils
 
     original = getattr(utils, NAME, None)
-    names = list(inspect.signature(original.forward).parameters) if original is not None else None
-    if names != PARAMETERS or not is_tested("trl", found):  # a part of trl is replaced: a newer one is refused as well
+    forward = getattr(original, "forward", None)
+    is_known = isinstance(original, LinearLogprob) or (
+        forward is not None and list(inspect.signature(forward).parameters) == PARAMETERS
+    )
+    if not is_known or not is_tested("trl", found):  # a part of trl is replaced: a newer one is refused as well
         raise ValueError(f"trl {found}: this adapter was tested with {describe_tested('trl')}")
     setattr(utils, NAME, LinearLogprob(backend=backend, workspace_bytes=workspace_bytes))
     return lambda: setattr(utils, NAME, original)
