@@ -103,6 +103,14 @@ def test_autocast_reads_the_head_in_its_dtype_and_grads_stay_fp32(tmp_path):
     assert module.model.lm_head.weight.grad.dtype == torch.float32
 
 
+def test_a_float64_model_has_float64_logprobs(tmp_path):
+    model, batch = make_model("llama", tmp_path).double(), make_batch(512)
+    labels = batch["labels"][:, 1:]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(labels != -100, 0.0)
+    torch.testing.assert_close(CausalLMLogprobs(model)(**batch), expected, atol=1e-10, rtol=0)
+
+
 @pytest.fixture
 def one_process_group():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

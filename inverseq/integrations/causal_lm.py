@@ -82,7 +82,7 @@ def check_logits(
         if keywords["softcap"] is not None:
             logits = keywords["softcap"] * torch.tanh(logits / keywords["softcap"])
         error = ((logits / keywords["temperature"] - own).abs().max() / own.abs().max().clamp(min=1.0)).item()
-    if not error < (1e-4 if weight.dtype == torch.float32 else 3e-2):
+    if not error < (3e-2 if weight.element_size() == 2 else 1e-4):
         raise ValueError(
             f"{type(model).__name__}: hidden states times the output embedding differ from the model's own logits by "
             f"{error:.1e} of their size; such a head is not supported"
@@ -137,7 +137,7 @@ class CausalLMLogprobs(nn.Module):
             **self.options,
         )
         pair = results if isinstance(results, tuple) else (results,)
-        full = tuple(torch.zeros(is_scored.shape, device=one.device).masked_scatter(is_scored, one) for one in pair)
+        full = tuple(one.new_zeros(is_scored.shape).masked_scatter(is_scored, one) for one in pair)
         return full if len(full) > 1 else full[0]
 
     def _check_engine(self, weight: Tensor) -> None:
