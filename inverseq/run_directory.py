@@ -109,7 +109,10 @@ def check_same_run(config: Config, run_dir: Path, where: str) -> None:
     ignored = (*RESUMABLE_KEYS, "epochs") if config.optim.schedule == "constant" else RESUMABLE_KEYS
     differences = config_differences(config, theirs, ignore=ignored)
     if differences:
-        raise ValueError(f"{where}: holds another run: {'; '.join(differences)}")
+        raise ValueError(
+            f"{where}: holds another run: {'; '.join(differences)} (--config {run_dir / 'config.yaml'} --resume "
+            "continues that one)"
+        )
 
 
 def check_writable(folder: Path, where: str) -> None:

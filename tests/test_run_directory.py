@@ -50,7 +50,7 @@ def test_an_existing_run_is_continued_only_when_asked(started_run):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_another_run_names_what_differs(started_run, resume):
     message = error_of(config_for(started_run, "contrast.alpha=1.2", "optim.samples_per_step=4"), resume=resume)
-    assert "holds another run" in message
+    assert "holds another run" in message and f"(--config {started_run / 'config.yaml'} --resume" in message
     assert "contrast.alpha: 1.2 here, 1.4 there" in message and "optim.samples_per_step: 4 here, 8 there" in message
     assert "epochs" not in message
 
