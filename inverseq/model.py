@@ -70,12 +70,14 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     _check_layer_types(path, model)
-    absent = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
+    others = [f"{name} ({tuple(there)} for {tuple(wanted)})" for name, there, wanted in info["mismatched_keys"]]
+    absent = sorted({*info["missing_keys"], *others})
     if absent:
         raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):

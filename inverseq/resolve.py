@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,13 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from .attention import check_backend
 from .chat import ChatRenderer, load_chat_template, load_principle
@@ -211,24 +218,30 @@ def resolve_model_path(key: str, name: str) -> str:
 def load_model_config(key: str, path: str, config: ModelConfig) -> PretrainedConfig:
     """The model's configuration, without weights."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
         where = "" if Path(path).is_dir() else "no such folder, and as a hub id "
         raise ValueError(
             f"{key}={path!r}: {where}the model's configuration cannot be loaded: {first_line(error)}"
         ) from error
+    brings_code = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_code:
+        raise ValueError(f"{key}={path!r}: is a model of kind {found.model_type!r}; expected a causal language model")
+    return found
 
 
 def load_tokenizer(key: str, path: str, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json fails in any way, with KeyError for one
         raise ValueError(f"{key}={path!r}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """What an error of transformers says first; the whole in short when its first line only announces the rest."""
+    line = str(error).strip().partition("\n")[0].rstrip()
+    return textwrap.shorten(str(error), 300, placeholder=" …") if line.endswith(":") else line
 
 
 def count_valid_vocab(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, path: str) -> int:

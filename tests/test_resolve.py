@@ -130,8 +130,11 @@ def test_a_tokenizer_without_chat_template_or_eos_is_refused(models, variant, tm
         (lambda path: (path / "config.json").unlink(), "no config.json"),
         (lambda path: (path / "config.json").write_text("{x"), "configuration cannot be loaded"),
         (lambda path: (path / "config.json").write_text('{"model_type": "zzz"}'), "configuration cannot be loaded"),
-        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer cannot be loaded"),
+        (lambda path: edit_json(path / "config.json", hidden_size="x"), "expected int"),
+        (lambda path: edit_json(path / "config.json", model_type="t5"), "'t5'; expected a causal language model"),
+        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer cannot be loaded: Couldn't instantiate"),
         (lambda path: (path / "tokenizer.json").write_text("{x"), "tokenizer cannot be loaded"),
+        (lambda path: (path / "tokenizer.json").write_text('{"a": 1}'), "tokenizer cannot be loaded"),
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "no .safetensors weights"),
     ],
 )
