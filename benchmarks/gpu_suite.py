@@ -7,10 +7,9 @@ From a source checkout with torch >= 2.11 and triton >= 3.6; nothing needs insta
 processors, smoke over every kernel, correctness in bf16 against float64, ``pytest -m gpu``, timing, the backends of
 packed attention, a short epoch_time.py (these two need the C++ packer), and with what time is left compute-sanitizer
 where it exists. Every step is a process of its own, killed with all that it started once its time is over, so that one
-that crashes or hangs costs the others nothing; DIR/step.log is the output of the one that runs, and the end of each is
-kept in DIR/steps.txt. Rows are on disk as they come (DIR/gpu_suite.json); a table, the goals and plots follow at the
-end. Timing starts no new shape where the steps behind it need the time. Exit status 1 when anything but a timing
-failed.
+that crashes or hangs costs the others nothing; it prints to DIR/<step>.log, and the end of that is kept in
+DIR/steps.txt. Rows are on disk as they come (DIR/gpu_suite.json); a table, the goals and plots follow at the end.
+Timing starts no new shape where the steps behind it need the time. Exit status 1 when anything but a timing failed.
 """
 
 import argparse
@@ -103,8 +102,9 @@ def main() -> int:
 
 def run_steps(arguments: argparse.Namespace, results: Results, clock: Clock) -> None:
     """All steps in order; what happens in one does not keep the next from running."""
-    for name in (results.path.name, "steps.txt", "attention.jsonl", f"sanitizer/{results.path.name}"):
-        (results.folder / name).unlink(missing_ok=True)  # the steps add to these files
+    added_to = (results.path.name, "steps.txt", "*.log", "attention.jsonl", f"sanitizer/{results.path.name}")
+    for path in [path for pattern in added_to for path in results.folder.glob(pattern)]:
+        path.unlink()  # of a run before this one
 
     def at_most(step: str) -> float:
         return min(STEP_S[step] if clock.on_gpu else LIMIT_S[False], clock.left_s())

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ def run_gpu_tests(results: Results, limit_s: float) -> None:
         results.add(kind="tests", op="pytest -m gpu", passed=True, detail=f"not run: {missing or 'no test files'}")
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", *map(str, files)]
+    command += ["-vv", "--durations=10"]  # should they be stopped, it is known what ran
     if importlib.util.find_spec("xdist") is not None and torch.cuda.is_available():
         command += ["-n", "4"]  # torch.compile takes most of the time, on one processor a test
     _run_step(results, "tests", "pytest -m gpu", command, limit_s=limit_s)
@@ -125,17 +127,18 @@ def _item_number(line: str) -> int:
 def _run(
     results: Results, name: str, command: list[str], *, limit_s: float, more: dict[str, str] | None = None
 ) -> Ended:
-    """One process with all that it starts; its output is in FOLDER/step.log while it runs, the end in steps.txt.
+    """One process with all that it starts; its output goes to FOLDER/<name>.log as it comes, the end to steps.txt.
 
     ``more`` is added to its environment.
     """
-    started, log = time.monotonic(), results.folder / "step.log"
+    started, log = time.monotonic(), results.folder / f"{re.sub('[^a-z]+', '_', name)}.log"
+    before = log.stat().st_size if log.exists() else 0  # an earlier process of the same part
     # What the caller's path holds too: packages may stand in a folder of their own.
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | (more or {})
     status = None
     if limit_s >= SHORTEST_S:
-        with log.open("w") as output:
+        with log.open("ab") as output:
             # A group of its own: compilers, and what compute-sanitizer watches, must not outlive it on the GPU.
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
@@ -145,7 +148,7 @@ def _run(
                     status = process.wait(limit_s)
             finally:
                 _end_group(process)
-        lines = log.read_text(errors="replace").strip().splitlines()
+        lines = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
         ending = f"stopped after {limit_s:.0f} s" if status is None else f"exit status {status}"
     else:
         lines, ending = [], "not started: no time is left"

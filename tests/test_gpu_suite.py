@@ -151,6 +151,7 @@ for item in range(first, 5):
         "exit status -6, last in ITEM 1 a shape", "exit status -6, last in ITEM 3 a shape",
     ]  # fmt: skip
     assert "== timing: exit status 0" in (tmp_path / "steps.txt").read_text()
+    assert (tmp_path / "timing.log").read_text().count("ITEM") == 5
 
 
 def test_what_a_stopped_step_has_started_ends_with_it(tmp_path, steps):
@@ -159,7 +160,7 @@ def test_what_a_stopped_step_has_started_ends_with_it(tmp_path, steps):
 
     steps.code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid); subprocess.run(['sleep', '600'])"
     steps.module._run_step(Results(tmp_path, "command"), "sanitizer", "memcheck", ["", ""], limit_s=3.0)
-    pid = int((tmp_path / "step.log").read_text())
+    pid = int((tmp_path / "sanitizer_memcheck.log").read_text())
     status = pathlib.Path(f"/proc/{pid}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
 
