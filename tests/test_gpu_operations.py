@@ -3,7 +3,7 @@
 Each test has the same body on both devices: large and compiled on a GPU, small and in triton's interpreter on a CPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -163,6 +163,16 @@ def test_two_heads_with_the_vocabulary_of_llama_3_agree_with_a_cpu(device):
         for actual, expected in zip(call(inputs)(), call(exact)(), strict=True):
             # The matrix of logit gradients and the result are rounded to bf16 once each.
             assert (actual.double().cpu() - expected).norm() <= 6e-3 * expected.norm()
+
+
+@on_each_device
+@pytest.mark.parametrize("call", [contrast, sweep, entropy], ids=lambda call: call.__name__)
+def test_one_row_alone_has_the_values_that_it_has_among_others(call, device):
+    """On stored logits, where torch may take another way through cuBLAS to add a product of a single row."""
+    inputs = make_inputs(5, 515, 33, device, backend="triton")
+    rows = {name: getattr(inputs, name).detach()[2:3].clone() for name in ("hidden", "plain", "token_ids", "targets")}
+    for one, all_rows in zip(call(replace(inputs, **rows))(), call(inputs)(), strict=True):
+        torch.testing.assert_close(one, all_rows[..., 2:3], rtol=0, atol=1e-4)
 
 
 @on_each_device
