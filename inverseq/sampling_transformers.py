@@ -12,6 +12,7 @@ own prompt only (see ``inverseq.sampling_noise``).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -187,7 +188,7 @@ class TransformersSampler:
         batch_size = min(self.config.batch_size, len(prompt_lengths))
         pages = [-(-(length + self.config.max_new_tokens) // page) for length in prompt_lengths]
         num_blocks: int | None = sum(sorted(pages)[-(batch_size + num_forks) :])  # a forked prompt may overshoot
-        if on_cuda and num_blocks * page * cache_bytes_per_token(self.model) > free_cuda_bytes() * CUDA_CACHE_FRACTION:
+        if on_cuda and engine_bytes(self.model, num_blocks * page) > free_cuda_bytes() * CUDA_CACHE_FRACTION:
             num_blocks = None  # as many as fit; the engine queues what does not
         known = {item.name for item in fields(ContinuousBatchingConfig)}
         options: dict[str, Any] = {
@@ -349,6 +350,26 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize
 
 
+def engine_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    """At least what the engine plans on CUDA for a cache of so many tokens; it refuses to start with less than that.
+
+    Beside the cache, by the formulas of transformers 5.17 and 5.23: keys and values read out of it and repeated for all
+    heads, a mask for each kind of layer unless the kernels are FlashAttention's, logits in fp32, and inputs. Where
+    layers differ in kind, all of the cache may come to be one kind's, and holds more tokens of it.
+    """
+    config, b = model.config.get_text_config(), model.dtype.itemsize
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    step, num_masks = CUDA_STEP_TOKENS, 0 if "flash" in model.config._attn_implementation else 2
+    kinds = Counter(getattr(config, "layer_types", None) or ["any"] * config.num_hidden_layers)
+    readable = -(-num_tokens * config.num_hidden_layers // min(kinds.values()))
+    per_token = 3 * heads * head_size * b + num_masks * step * b + 64
+    per_row = 4 * config.vocab_size + b * (hidden + 6 * heads * head_size) + num_masks * step * b + 1024
+    cache = (num_tokens + 3 * CUDA_PAGE_TOKENS) * cache_bytes_per_token(model)  # two pages for padding, one begun
+    return cache + readable * per_token + step * per_row
+
+
 def free_cuda_bytes() -> int:
-    """Memory that a new tensor could take: what the device has free and what torch's allocator keeps unused."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    """Memory that the engine will find free: it empties torch's cache first, and what is left in pieces stays taken."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]

@@ -7,7 +7,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from inverseq.attention import ATTENTION_NAME
 from inverseq.chat import ChatRenderer
@@ -17,7 +23,14 @@ from inverseq.records import Prompt
 from inverseq.sampling import sample_responses
 from inverseq.sampling_attention import PAGED_ATTENTION_NAME, paged_attention, paged_attention_is_supported
 from inverseq.sampling_noise import gumbel_noise, prompt_keys
-from inverseq.sampling_transformers import TransformersSampler, equal_prompts
+from inverseq.sampling_transformers import (
+    CUDA_PAGE_TOKENS,
+    CUDA_STEP_TOKENS,
+    TransformersSampler,
+    cache_bytes_per_token,
+    engine_bytes,
+    equal_prompts,
+)
 from tests.test_sampling import (
     NUM_WORDS,
     chi_square_p_value,
@@ -250,3 +263,43 @@ def test_the_recorded_seed_is_the_one_that_was_used_on_every_rank(monkeypatch):
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**options)
+
+
+SHAPES = {
+    "llama-2-7b": LlamaConfig(),
+    "mistral-7b": MistralConfig(sliding_window=None),
+    "llama-3-8b": LlamaConfig(vocab_size=128256, num_key_value_heads=8, intermediate_size=14336),
+    "smollm2": LlamaConfig(
+        vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+    ),
+}
+
+
+@pytest.mark.skipif(not paged_attention_is_supported(), reason="an older transformers plans otherwise")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("num_pages", [64, 512])
+def test_a_cache_that_is_asked_for_is_one_that_the_engine_starts_with(name, num_pages):
+    """The engine refuses to start with a given number of pages when its own plan exceeds what is free."""
+    from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16, attn_implementation="sdpa")
+    bytes_per_page = CUDA_PAGE_TOKENS * cache_bytes_per_token(model)
+    settings = ContinuousBatchingConfig(
+        num_blocks=num_pages, page_size=CUDA_PAGE_TOKENS, max_batch_tokens=CUDA_STEP_TOKENS,
+        max_requests_per_batch=64, max_memory_percent=0.8, max_blocks_per_request=0, use_async_batching=False,
+    )  # fmt: skip
+    plan = PagedAttentionMemoryHandler(
+        config=model.config,
+        cb_config=settings,
+        dtype=model.dtype,
+        bytes_per_sector=bytes_per_page,
+        tokens_per_sector=CUDA_PAGE_TOKENS,
+        bytes_per_block=bytes_per_page,
+        attn_types=["full_attention"],
+        model_supports_logits_to_keep=True,
+    )
+    planned = plan.compute_memory_footprint(CUDA_STEP_TOKENS, num_pages)
+    assert planned > num_pages * bytes_per_page
+    # 5.17 counts the logits of a whole step, 5.23 those of the requests.
+    assert planned <= engine_bytes(model, num_pages * CUDA_PAGE_TOKENS) <= 1.3 * planned + 2**32
