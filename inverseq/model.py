@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from .attention import ATTENTION_NAME, AttentionLayout, attention_layout, check_backend
 from .config import ModelConfig
@@ -34,6 +36,8 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -72,6 +76,7 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
+            **placed_as_read(device),
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -93,6 +98,21 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     if config.fused_layers:
         fuse_layers(model)
     return model.to(device).eval()
+
+
+def placed_as_read(device: torch.device) -> dict[str, dict[str, torch.device]]:
+    """Keywords of ``from_pretrained`` that put each weight on the GPU as it is read; that needs accelerate.
+
+    Otherwise the whole model stands in host memory first, once for each rank of the host: a weight of another dtype
+    than the file's (Vicuna's are float16) is not the file's own pages. The GPU's index is named because threads read,
+    and a thread's own device is the first.
+    """
+    if device.type != "cuda":
+        return {}
+    if not is_accelerate_available():
+        logger.info("weights are read through host memory; with accelerate installed they go straight to the GPU")
+        return {}
+    return {"device_map": {"": torch.device("cuda", torch.cuda.current_device())}}
 
 
 def _check_layer_types(path: str | Path, model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import inverseq.model as model_module
 from inverseq.config import ModelConfig
 from inverseq.model import frozen_copy, head_of, load_model, resolve_device
 from inverseq.resolve import resolve_model_path
@@ -85,3 +86,28 @@ def test_a_frozen_copy_goes_to_another_device_without_the_original(tmp_path):
         for weight in model.parameters():
             weight.add_(1.0)
     assert all(torch.equal(*pair) for pair in zip(beside.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_placed_as_they_are_read_are_those_of_the_ordinary_way(path, monkeypatch, dtype):
+    config = ModelConfig(device="cpu", dtype=dtype)
+    ordinary = load_model(path, config)
+    monkeypatch.setattr(model_module, "placed_as_read", lambda device: {"device_map": {"": device}})
+    placed = load_model(path, config)
+    for mine, theirs in zip(named(placed), named(ordinary), strict=True):
+        assert mine[0] == theirs[0] and torch.equal(mine[1], theirs[1]) and mine[1].dtype == theirs[1].dtype
+    assert not any(hasattr(module, "_hf_hook") for module in placed.modules())  # nothing that moves inputs or weights
+
+
+def named(model):
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def test_a_rank_reads_onto_its_own_gpu_and_nothing_changes_on_a_cpu(monkeypatch, caplog):
+    assert model_module.placed_as_read(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert model_module.placed_as_read(torch.device("cuda")) == {"device_map": {"": torch.device("cuda", 3)}}
+    monkeypatch.setattr(model_module, "is_accelerate_available", lambda: False)
+    caplog.set_level("INFO", logger="inverseq")
+    assert model_module.placed_as_read(torch.device("cuda")) == {}
+    assert "through host memory" in caplog.text
