@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .config import Config
+from .distributed import Ranks
 from .memory import (
     GIB,
     Hardware,
@@ -45,6 +46,7 @@ __all__ = [
     "place_run",
     "plan_placement",
     "problem_of",
+    "smallest_hardware",
 ]
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,22 @@ def local_hardware(device: torch.device, *, ranks_per_host: int = 1) -> Hardware
     return Hardware("this machine", "cpu", host, host, ranks_per_host)
 
 
+def smallest_hardware(machines: Sequence[Hardware]) -> Hardware:
+    """What each of the ranks' machines has: ranks that plan differently wait for each other for ever.
+
+    GPUs or hosts of one kind may differ by a few bytes, and a plan turns at some byte.
+    """
+    ranks_per_host = max(machine.ranks_per_host for machine in machines)
+    on_gpu = machines[0].device_type == "cuda"
+    host_bytes = min((machine.host_bytes or 0) // machine.ranks_per_host for machine in machines) * ranks_per_host
+    return dataclasses.replace(
+        machines[0],
+        device_bytes=min(machine.device_bytes for machine in machines) if on_gpu else host_bytes,
+        host_bytes=host_bytes,
+        ranks_per_host=ranks_per_host,
+    )
+
+
 def job_of(resolved: Resolved, hardware: Hardware, *, world_size: int = 1) -> Job:
     """What a resolved configuration asks to be placed on some hardware; no weight is loaded."""
     config = resolved.config
@@ -103,14 +121,17 @@ def job_of(resolved: Resolved, hardware: Hardware, *, world_size: int = 1) -> Jo
     )
 
 
-def place_run(resolved: Resolved, *, world_size: int = 1) -> Placement:
-    """The placement of a real run on this machine, logged; ValueError before any weight is loaded when it cannot fit.
+def place_run(resolved: Resolved, ranks: Ranks | None = None) -> Placement:
+    """The placement of a real run on its machines, logged; ValueError before any weight is loaded when it cannot fit.
 
-    ``LOCAL_WORLD_SIZE``, which launchers set, says how many of the ranks share this host.
+    ``LOCAL_WORLD_SIZE``, which launchers set, says how many of the ranks share this host. All ranks call it together
+    and plan alike.
     """
-    ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ranks = ranks or Ranks()
+    ranks_per_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     hardware = local_hardware(resolve_device(resolved.config.model), ranks_per_host=ranks_per_host)
-    job = job_of(resolved, hardware, world_size=world_size)
+    hardware = smallest_hardware(ranks.gather(hardware))
+    job = job_of(resolved, hardware, world_size=ranks.world_size)
     placement = plan_placement(job)
     check_fits(job, placement)
     for reason in placement.reasons:

@@ -107,7 +107,7 @@ class State:
 def build_state(resolved: Resolved, ranks: Ranks) -> State:
     """Load the models where the placement says and make the engine, the sampler and the logs of a run."""
     config = resolved.config
-    placement = place_run(resolved, world_size=ranks.world_size)  # ValueError when it cannot fit
+    placement = place_run(resolved, ranks)  # ValueError when it cannot fit
     kind = engine_kind(config, placement, ranks)
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
     plain = load_plain(resolved, placement)

@@ -9,7 +9,15 @@ from transformers import LlamaConfig
 
 from inverseq.config_loading import load_config
 from inverseq.memory import GIB, Hardware, Job, estimate_memory, model_size, needed_bytes
-from inverseq.placement import candidates, check_fits, parse_hardware, place_run, plan_placement, problem_of
+from inverseq.placement import (
+    candidates,
+    check_fits,
+    parse_hardware,
+    place_run,
+    plan_placement,
+    problem_of,
+    smallest_hardware,
+)
 from inverseq.resolve import resolve
 from tests.tiny import make_tiny_model
 
@@ -249,6 +257,16 @@ def test_hardware_is_read_as_ranks_with_memory():
     hardware, ranks = parse_hardware("16x80GB+1000GB")
     assert (ranks, hardware.ranks_per_host, hardware.device_bytes, hardware.host_bytes) == (16, 8, 80 * 10**9, 10**12)
     assert parse_hardware("1xh100")[0].device_bytes == int(79.1 * GIB)
+
+
+def test_ranks_on_unequal_machines_plan_for_the_smallest():
+    a, b = Hardware("a", "cuda", 80, 1000, ranks_per_host=8), Hardware("b", "cuda", 79, 600, ranks_per_host=4)
+    for machines in ([a, b], [b, a]):
+        found = smallest_hardware(machines)
+        assert (found.device_bytes, found.host_bytes, found.ranks_per_host) == (79, 1000, 8)  # 125 and 150 a rank
+    one, other = cpu(16, ranks=2), cpu(12, ranks=1)
+    assert smallest_hardware([one, one, other]).rank_bytes == 8 * GIB
+    assert smallest_hardware([a]) == a and smallest_hardware([one]) == one
 
 
 def test_a_real_run_is_placed_and_logged_or_refused_before_weights_are_read(tmp_path, caplog, monkeypatch):
