@@ -39,6 +39,7 @@ from .sampling import Sampler, make_sampler
 from .sampling_ahead import SamplesAhead
 from .sampling_transformers import stop_token_ids
 from .steps import step_sizes
+from .transfers import keep_together
 
 __all__ = ["State", "build_state", "last_refresh", "refresh_frozen", "restore", "save"]
 
@@ -232,8 +233,7 @@ def build_frozen(initial: PreTrainedModel, plain: PreTrainedModel | None, placem
     if placement.frozen == "sharded":
         return shard_frozen(frozen, initial.device)
     if placement.frozen == "host" and initial.device.type == "cuda":
-        for weight in frozen.parameters():
-            weight.data = weight.data.pin_memory()
+        keep_together(frozen.parameters(), pin_memory=True)
     return frozen
 
 

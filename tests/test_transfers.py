@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import inverseq.transfers as transfers
 from inverseq import attention
 from inverseq.attention_varlen import torch_varlen_function
 from inverseq.config import Config, EngineConfig, ModelConfig, OptimConfig, PackingConfig
@@ -21,7 +22,7 @@ from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
 from inverseq.steps import plan_steps
 from inverseq.targets import ScoringPacks, _contrast_models, _contrast_views
-from inverseq.transfers import copied_ahead, read_behind
+from inverseq.transfers import copied_ahead, keep_together, read_behind
 from tests.tiny import make_tiny_model
 from tests.tiny_samples import make_samples
 
@@ -189,3 +190,22 @@ def test_a_step_on_cuda_synchronises_at_its_end_only(model):
         accumulate(step, engine.device, engine.policy, engine._backward)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_weights_that_are_kept_together_stay_the_same_and_fill_their_blocks(monkeypatch):
+    monkeypatch.setattr(transfers, "BLOCK_BYTES", 4096)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(7, 5), (100,), (33, 9), (2000,), (1,), (0,), (64, 8)]
+    dtypes = [torch.float32, torch.bfloat16] * 4
+    weights = [
+        torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype))
+        for size, dtype in zip(sizes, dtypes, strict=False)
+    ]
+    before = [weight.detach().clone() for weight in weights]
+    keep_together(weights, pin_memory=False)
+    for weight, values in zip(weights, before, strict=True):
+        assert torch.equal(weight.data, values) and weight.dtype == values.dtype and weight.is_contiguous()
+    blocks = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+    assert sorted(blocks.values()) == [4096] * 3  # 140 + 200 + 1188, then 4000 + 4, then 2048
+    weights[0].data.fill_(7.0)
+    assert all(torch.equal(weight.data, values) for weight, values in zip(weights[1:], before[1:], strict=True))
