@@ -110,7 +110,8 @@ class DeepSpeedEngine:
             weights=trained,
             device=self.device,
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # some of its optimizers print their memory
+        # Some of its optimizers print their memory.
+        with contextlib.redirect_stdout(io.StringIO()), buffers_kept(policy):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=policy, optimizer=optimizer, config=config, dist_init_required=False
             )
@@ -249,6 +250,22 @@ class DeepSpeedEngine:
         return [weight for weight in self.policy.model.parameters() if weight.requires_grad]
 
 
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the buffers that DeepSpeed casts with the weights until its pull request 8066.
+
+    With rotary frequencies in bf16 the policy would be another function of its weights than the frozen model.
+    """
+    kept = dict(model.named_buffers())
+    yield
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        found = getattr(module, leaf)
+        if found.dtype != buffer.dtype:
+            setattr(module, leaf, buffer.to(found.device))
+
+
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model in evaluation mode whose weights are empty."""
     empty = {id(weight): nn.Parameter(weight.new_empty(0), requires_grad=False) for weight in model.parameters()}
@@ -279,6 +296,7 @@ def shard_frozen(frozen: FrozenPair, device: torch.device) -> nn.Module:
     )
     deepspeed = load_deepspeed(device)
     deepspeed.zero.Init(module=frozen, config_dict_or_path=config)  # ``initialize`` would move the whole pair first
-    engine, *_ = deepspeed.initialize(model=frozen, config=config, dist_init_required=False)
+    with buffers_kept(frozen):
+        engine, *_ = deepspeed.initialize(model=frozen, config=config, dist_init_required=False)
     engine.eval()
     return engine

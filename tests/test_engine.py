@@ -10,6 +10,7 @@ import torch
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import EngineConfig, ModelConfig, OptimConfig, PackingConfig
 from inverseq.engine import NonFiniteError, TorchEngine, accumulate, learning_rate_factor
+from inverseq.engine_deepspeed import buffers_kept
 from inverseq.model import enable_gradient_checkpointing, load_model
 from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
@@ -231,3 +232,14 @@ def test_plan_steps_covers_every_action_once_and_ranks_stay_in_step(model):
         assert len({step.denominator for step in per_rank}) == 1
         weights = sum(batch.loss_weights.sum().item() for step in per_rank for batch in step.micro_batches)
         assert math.isclose(weights, per_rank[0].denominator), f"step {index}"
+
+
+def test_rotary_frequencies_stay_fp32_whatever_an_engine_does_to_its_module(model):
+    policy = Policy(copy.deepcopy(model).bfloat16(), 512, EngineConfig())
+    rotary = policy.model.model.rotary_emb
+    rotary.inv_freq = expected = model.model.rotary_emb.inv_freq.float()
+    with buffers_kept(policy):
+        policy.bfloat16()  # what DeepSpeed did until its pull request 8066
+        assert rotary.inv_freq.dtype == torch.bfloat16
+    assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, expected)
+    assert "inv_freq" in dict(rotary.named_buffers()) and policy.model.lm_head.weight.dtype == torch.bfloat16
