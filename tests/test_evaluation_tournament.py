@@ -186,6 +186,16 @@ def test_pictures_show_the_rows_that_stand_beside_them(tmp_path):
         assert [float(row["y_high"]) for row in csv.DictReader(file)] == [2.0, 4.0, 3.0]
 
 
+def test_a_name_does_not_turn_the_text_of_a_picture_around(tmp_path):
+    kept = []
+    row = {"label": "a\u202evil", "win": 0.5, "tie": 0.2, "lose": 0.3}
+    row |= {key: 0.5 for key in ("win_low", "win_high", "lose_low", "lose_high")}
+    save_plot(tmp_path / "bars.png", [row], lambda figure, rows: (draw_bars(figure, rows), kept.append(figure)))
+    assert [label.get_text() for label in kept[0].axes[0].get_yticklabels()] == ["a⟨U+202E⟩vil"]
+    with (tmp_path / "bars.csv").open(encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["label"] == row["label"]  # the data is what it was
+
+
 def test_plots_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="ends with .png"):
         save_plot(tmp_path / "x.pdf", [{"a": 1}], draw_bars)

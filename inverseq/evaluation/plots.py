@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic import atomic_file
 from .command import require_package
+from .page import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,14 +49,17 @@ def write_csv(path: Path | str, rows: Sequence[Row]) -> Path:
 
 
 def save_plot(path: Path | str, rows: Sequence[Row], draw: Callable[[Figure, Sequence[Row]], None]) -> list[Path]:
-    """Write ``rows`` to PATH.csv, then ``draw(figure, rows)`` to PATH (a .png); returns both paths."""
+    """Write ``rows`` to PATH.csv, then ``draw(figure, rows)`` to PATH (a .png); returns both paths.
+
+    In the picture, characters of a name that reorder or hide its text are written by their code points.
+    """
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"plot {str(path)!r}: expected a name that ends with .png")
     figure = require_package("matplotlib.figure").Figure(layout="constrained")
     written = write_csv(path.with_suffix(".csv"), rows)
     with require_package("matplotlib").rc_context({"text.parse_math": False}):  # names may hold dollars
-        draw(figure, rows)
+        draw(figure, [{key: visible(it) if isinstance(it, str) else it for key, it in row.items()} for row in rows])
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1)
     return [path, written]
