@@ -368,7 +368,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    epochs: int = option(15, "epochs to train")
+    epochs: int = option(15, "rounds of sampling and training; one draws sampling.samples_per_epoch responses")
     seed: int = option(0, "seed of every random choice")
     run_dir: str = option("", "folder of the run")
 
