@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .atomic import atomic_directory
@@ -52,13 +52,18 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
     import peft
 
     targets = [name.strip() for name in config.target_modules.split(",")]
-    names = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     for target in targets if targets != ["all-linear"] else []:
-        found = [name for name in names if name.rpartition(".")[2] == target]
+        found = [name for name in modules if name.rpartition(".")[2] == target]
         if not found:
-            raise ValueError(f"policy.lora.target_modules={config.target_modules!r}: the model has no {target}")
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(model.get_submodule(name) is one for name in found for one in embeddings):
+            linear = {name for name, one in modules.items() if isinstance(one, nn.Linear) and one not in embeddings}
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(
+                f"policy.lora.target_modules={config.target_modules!r}: the model has no {target}; expected "
+                f"all-linear, or some of {known}, separated by commas"
+            )
+        if any(modules[name] is one for name in found for one in embeddings):
             raise ValueError(f"policy.lora.target_modules={config.target_modules!r}: expected no embedding ({target})")
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
