@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -42,6 +43,8 @@ __all__ = [
 
 CACHE = "keys and values, sampling"
 DEFAULT_WORKSPACE_MIB = {"cuda": 512, "cpu": 256}
+# Of Linux's control groups, the second version and the first.
+CONTAINER_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def model_size(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelSize:
@@ -239,7 +242,9 @@ def host_bytes_of(parts: Sequence[MemoryPart]) -> int:
 
 
 def available_bytes(device_type: str) -> int:
-    """Memory of the device: the GPU's, or the machine's physical memory."""
+    """Memory of the device: the GPU's, or the machine's physical memory as far as this container may use it."""
     if device_type == "cuda":
         return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [path.read_text().strip() for path in CONTAINER_LIMITS if path.is_file()]
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])  # "max" is none

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from inverseq import memory
 from inverseq.attention import ATTENTION_NAME, attention_layout
 from inverseq.config import LoraConfig
 from inverseq.config_loading import load_config
@@ -241,5 +242,11 @@ def test_scoring_while_sampling_is_counted_in_both_phases():
         assert parts["frozen model"].phases == parts["activations, scoring pack"].phases == phases
 
 
-def test_the_machines_memory_is_known():
+def test_the_machines_memory_is_known_and_a_containers_limit_below_it_counts(tmp_path, monkeypatch):
     assert 2**28 < available_bytes("cpu") < 2**50
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER_LIMITS", (limit, tmp_path / "absent"))
+    physical = available_bytes("cpu")
+    for text, expected in (("max\n", physical), (f"{2**29}\n", 2**29), (f"{2**62}\n", physical)):
+        limit.write_text(text)
+        assert available_bytes("cpu") == expected
