@@ -149,7 +149,9 @@ def plan_placement(job: Job) -> Placement:
     fitting = [plan for plan in plans if excess_bytes(job, plan) <= 0]
     chosen = fitting[0] if fitting else min(plans, key=lambda plan: excess_bytes(job, plan))
     why = [explain(job, chosen, key, plans) for key in PLACEMENT_KEYS]
-    return dataclasses.replace(chosen, reasons=tuple(why), phase_bytes=peak_of_phases(estimate_memory(job, chosen)))
+    peaks = peak_of_phases(estimate_memory(job, chosen))
+    peaks["train"] = max(peaks["train"], peaks.pop("update"))  # a run measures them as one phase
+    return dataclasses.replace(chosen, reasons=tuple(why), phase_bytes=peaks)
 
 
 def candidates(job: Job) -> Iterator[Placement]:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from inverseq.config_loading import load_config
-from inverseq.memory import GIB, Hardware, Job, estimate_memory, model_size, needed_bytes
+from inverseq.memory import GIB, Hardware, Job, estimate_memory, model_size, needed_bytes, peak_of_phases
 from inverseq.placement import (
     candidates,
     check_fits,
@@ -257,6 +257,15 @@ def test_hardware_is_read_as_ranks_with_memory():
     hardware, ranks = parse_hardware("16x80GB+1000GB")
     assert (ranks, hardware.ranks_per_host, hardware.device_bytes, hardware.host_bytes) == (16, 8, 80 * 10**9, 10**12)
     assert parse_hardware("1xh100")[0].device_bytes == int(79.1 * GIB)
+
+
+def test_the_estimate_that_is_logged_beside_the_measured_training_includes_the_update():
+    keys = ["engine.zero_stage=1", "engine.offload_optimizer=none", "engine.frozen=host"]
+    asked = job(LLAMA_13B, "8x80GB", *keys, checkpointing=True)
+    placement = plan_placement(asked)
+    peaks = peak_of_phases(estimate_memory(asked, placement))
+    assert peaks["update"] > peaks["train"]  # all gradients once more, as they are reduced
+    assert placement.phase_bytes["train"] == peaks["update"] and "update" not in placement.phase_bytes
 
 
 def test_ranks_on_unequal_machines_plan_for_the_smallest():
