@@ -167,7 +167,9 @@ def candidates(job: Job) -> Iterator[Placement]:
     if engine.frozen != "auto":
         frozen = (engine.frozen,)
     for (offload_optimizer, offload_parameters), recompute in itertools.product(offloads(job), checkpointing):
-        for stage, where in itertools.product(stages(job, offload_optimizer, offload_parameters), frozen):
+        pairs = itertools.product(stages(job, offload_optimizer, offload_parameters), frozen)
+        # Stage 2 overlaps what stage 1 reduces at the end; frozen models that are not here are moved in every epoch.
+        for stage, where in sorted(pairs, key=lambda pair: (pair[0] == 3, frozen.index(pair[1]))):
             yield Placement(stage, offload_optimizer, offload_parameters, where, recompute)
 
 
