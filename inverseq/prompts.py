@@ -195,6 +195,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSON Lines file, gzip or not (its first bytes tell); blank lines are skipped."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; expected a .jsonl or .jsonl.gz file (a data set's folder is hf:{path})")
+    if path.suffix in (".parquet", ".arrow", ".csv", ".tsv"):
+        raise ValueError(f"{path}: is no .jsonl file; a folder of such files is a data set, hf:{path.parent}")
     number = 0
     try:
         with path.open("rb") as raw:
@@ -218,7 +220,8 @@ def _parse_json(where: str, line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON: {error.msg} at column {error.colno}; expected an object") from None
+        where = f"{where}: is not JSON: {error.msg} at column {error.colno}"
+        raise ValueError(f"{where}; expected one object a line") from None
     except ValueError as error:  # an integer of thousands of digits
         raise ValueError(f"{where}: is not a row: {error}") from None
     except RecursionError:

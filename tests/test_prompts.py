@@ -132,6 +132,7 @@ def test_a_prompt_of_messages_is_a_conversation_and_answers_beside_a_prompt_are_
 BAD_FILES = {
     "not an object": ([{"prompt": "a"}, [1]], ":2: expected a JSON object, found a list"),
     "not JSON": ([{"prompt": "a"}, b"", b"{oops"], ":3: is not JSON"),
+    "a JSON array": ([b"[", b'{"prompt": "a"}]'], ":1: is not JSON: .*expected one object a line"),
     "not UTF-8": ([{"prompt": "a"}, b'{"prompt": "\xff"}'], ":2: is not UTF-8 text"),
     "deep": ([b"[" * 200_000], ":1: is not"),
     "no known key": ([{"text": "a", "n": 1}], "expected the keys chosen and rejected.*found text, n"),
@@ -171,6 +172,7 @@ def test_bad_files_are_one_error_with_file_and_line(tmp_path, name):
 
 def test_what_cannot_be_read_is_one_error(tmp_path):
     assert "no such file" in load_error(tmp_path / "absent.jsonl") and "hf:NAME" in load_error("Anthropic/hh-rlhf")
+    assert load_error("some/train.parquet").endswith("is no .jsonl file; a folder of such files is a data set, hf:some")
     assert "is a folder" in load_error(tmp_path) and load_error("hf:") == "hf:: expected hf:NAME or hf:NAME:SPLIT"
     rng = np.random.default_rng(0)
     rows = [{"prompt": rng.bytes(60).hex()} for _ in range(200)]
