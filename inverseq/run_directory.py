@@ -64,8 +64,8 @@ def check_run_directory(config: Config, *, resume: bool) -> Path:
 def sole_writer(config: Config, *, resume: bool) -> Iterator[None]:
     """Make the run directory and hold it while the block runs; a process that dies lets go of it.
 
-    A directory in which no run has begun by the end goes again. Raises ValueError when another process holds it, or has
-    begun a run there since it was checked. Where the file system knows no locks the log says that there is none.
+    A directory that is empty at the end goes again. Raises ValueError when another process holds it, or has begun a run
+    there since it was checked. Where the file system knows no locks the log says that there is none.
     """
     run_dir, where = Path(config.run_dir).expanduser(), f"run_dir={config.run_dir!r}"
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -76,10 +76,9 @@ def sole_writer(config: Config, *, resume: bool) -> Iterator[None]:
             check_run_directory(config, resume=resume)
             yield
         finally:
-            if not has_begun(config):
-                (run_dir / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # it holds something else
-                    run_dir.rmdir()
+            (run_dir / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds a run, or what it held before
+                run_dir.rmdir()
 
 
 def is_locked_by_us(file: IO[str], where: str) -> bool:

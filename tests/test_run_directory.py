@@ -113,8 +113,10 @@ def test_only_one_process_writes_and_a_killed_one_lets_go(tmp_path):
             with pytest.raises(ValueError, match="another process trains there"):
                 sole_writer(config_for(run_dir), resume=resume).__enter__()
         holder.send_signal(signal.SIGKILL)
+    assert (run_dir / ".lock").exists()
     with sole_writer(config_for(run_dir), resume=True):
         pass
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_begun_since_the_check_is_not_written_over(tmp_path):
