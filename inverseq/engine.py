@@ -22,11 +22,24 @@ from .config import OptimConfig
 from .records import MicroBatch, PackedViews, StepMetrics, TrainStep
 from .transfers import copied_ahead
 
-__all__ = ["Engine", "NonFiniteError", "TorchEngine", "accumulate", "learning_rate_factor", "step_metrics"]
+__all__ = [
+    "Engine",
+    "NonFiniteError",
+    "TorchEngine",
+    "accumulate",
+    "describe_non_finite",
+    "learning_rate_factor",
+    "step_metrics",
+]
 
 
 class NonFiniteError(ArithmeticError):
     """The loss or a gradient is not a finite number; the update was not made."""
+
+
+def describe_non_finite(update: int, loss: float, norm: float) -> str:
+    """Why a run stops at a step, and what it leaves."""
+    return f"optimizer step {update}: loss {loss}, gradient norm {norm}: not updated, the last checkpoint is kept"
 
 
 class Engine(Protocol):
@@ -163,7 +176,7 @@ class TorchEngine:
         *sums, norm = torch.cat([sums, grad_norm.double()[None]]).tolist()
         if not (math.isfinite(sums[0]) and math.isfinite(norm)):
             self.zero_grad()
-            raise NonFiniteError(f"optimizer step {self.num_updates + 1}: loss {sums[0]}, gradient norm {norm}")
+            raise NonFiniteError(describe_non_finite(self.num_updates + 1, sums[0], norm))
         self._update()
         return step_metrics(sums, grad_norm=norm, learning_rate=learning_rate, started=started)
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .config import OptimConfig
 from .distributed import Ranks
-from .engine import NonFiniteError, accumulate, learning_rate_factor, step_metrics
+from .engine import NonFiniteError, accumulate, describe_non_finite, learning_rate_factor, step_metrics
 from .integrations.versions import check_version
 from .model import FrozenPair
 from .policy import Policy
@@ -150,7 +150,7 @@ class DeepSpeedEngine:
             self.engine.step()
             norm = math.inf if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            raise NonFiniteError(f"optimizer step {self.num_updates + 1}: loss {totals[0]}, gradient norm {norm}")
+            raise NonFiniteError(describe_non_finite(self.num_updates + 1, totals[0], norm))
         self.num_updates += 1
         return step_metrics(totals, grad_norm=norm, learning_rate=learning_rate, started=started)
 

@@ -161,7 +161,7 @@ def test_a_run_that_fails_on_the_way_is_status_1_in_one_line(capsys, tmp_path, m
     words += ["contrast.alpha=1e38"]  # the loss overflows
     assert main(words) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("inverseq-train: error: optimizer step 1: loss inf")
+    assert last.startswith("inverseq-train: error: optimizer step 1: loss inf") and last.endswith("checkpoint is kept")
 
 
 def test_debugging_shows_where_an_error_arose(monkeypatch):
