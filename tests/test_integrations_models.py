@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from inverseq.integrations import hf_trainer
+from inverseq.integrations import causal_lm, hf_trainer
 from inverseq.integrations.causal_lm import CausalLMLogprobs, head_keywords
 from inverseq.integrations.hf_trainer import NextTokenLoss
 from tests.tiny import make_tiny_model
@@ -91,13 +91,19 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_models_own_logits(nam
     assert (got[0][2] == 0).all()  # a sequence without labels
 
 
-def test_autocast_reads_the_head_in_its_dtype_and_grads_stay_fp32(tmp_path):
+def test_autocast_reads_the_head_in_its_dtype_and_grads_stay_fp32(tmp_path, monkeypatch):
     model = make_model("llama", tmp_path)
-    batch, module = make_batch(512), CausalLMLogprobs(copy.deepcopy(model))
+    batch, module, read = make_batch(512), CausalLMLogprobs(copy.deepcopy(model)), []
     truth = stock_logprobs(model, batch, 1.0)[0].detach()
+
+    def spy(hidden, *rest, real=causal_lm.linear_logprob, **options):
+        read.append(hidden.dtype)
+        return real(hidden, *rest, **options)
+
+    monkeypatch.setattr(causal_lm, "linear_logprob", spy)
     with torch.autocast("cpu", torch.bfloat16):
         ours, stock = module(**batch), stock_logprobs(model, batch, 1.0)[0]
-    assert ours.dtype == torch.float32
+    assert ours.dtype == torch.float32 and read == [torch.bfloat16]
     assert (ours - truth).norm() <= 2 * (stock - truth).norm()
     ours.sum().backward()
     assert module.model.lm_head.weight.grad.dtype == torch.float32

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from .versions import check_version
 
-__all__ = ["CausalLMLogprobs", "check_gathered", "check_logits", "head_keywords"]
+__all__ = ["CausalLMLogprobs", "as_autocast_reads", "check_gathered", "check_logits", "head_keywords"]
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 PROBE_TOKENS = 4
@@ -46,6 +46,14 @@ def check_gathered(weight: Tensor, remedy: str) -> None:
     """Raise ValueError for the weight of a head that an engine has spread over processes at this moment."""
     if isinstance(weight, DTensor) or not weight.numel():
         raise ValueError(f"the head's weight is spread over processes where it is read: {remedy}")
+
+
+def as_autocast_reads(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype in which a linear layer would read them under the autocast of the moment."""
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 @torch.no_grad()
@@ -130,7 +138,7 @@ class CausalLMLogprobs(nn.Module):
         shifted_BL = labels[:, 1:]
         is_scored = shifted_BL != IGNORE_INDEX
         results = linear_logprob(
-            hidden_BLD[:, :-1][is_scored],
+            as_autocast_reads(hidden_BLD[:, :-1][is_scored]),
             head.weight,
             shifted_BL[is_scored],
             bias=getattr(head, "bias", None),

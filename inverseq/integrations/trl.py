@@ -18,6 +18,7 @@ import torch
 from inverseq_kernels import linear_logprob
 from torch import Tensor
 
+from .causal_lm import as_autocast_reads
 from .versions import describe_tested, installed_version, is_tested
 
 __all__ = ["use_linear_logprob"]
@@ -68,8 +69,7 @@ class LinearLogprob:
         if hasattr(weight, "ds_id"):  # TRL gathers it for its forward, and in a backward of its own once more
             raise ValueError("use_linear_logprob: under ZeRO-3 the head is gone in the backward pass; train without it")
         temperature, _, softcap, scale, outputs = settings
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = as_autocast_reads(hidden)
         # softcap·tanh(s z / softcap) / T = (softcap / s) · tanh(z / (softcap / s)) / (T / s)
         head = {"softcap": softcap and softcap / scale, "temperature": temperature / scale}
         wants_entropy = "entropy" in outputs
