@@ -3,6 +3,7 @@
 The torch backend at A = 8192, V = 50,257; the triton backend's stored logits, through the interpreter, on less.
 """
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,7 @@ WORKSPACE_BYTES = 48 * 2**20  # the logits alone would be 1570 MiB
 
 def peak_and_kept_bytes(run) -> tuple[int, int]:
     """Most bytes alive at once during ``run`` and bytes still alive after it, from the allocator's records."""
+    gc.collect()  # what earlier tests left would be freed within
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = run()
     records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
