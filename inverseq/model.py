@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+NOISE = re.compile("drop|jitter")  # what the names of a module's random numbers hold
+
 
 def resolve_device(config: ModelConfig) -> torch.device:
     """The device of ``model.device``; ValueError when CUDA is asked for and absent."""
@@ -59,9 +62,10 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """Load a causal language model with packed attention and without dropout, from safetensors only.
 
-    Dropout is off because targets and policy must be the same function of the weights: with it, a policy equal to
-    its target would have a loss. Raises ValueError when the weights cannot be read or are not all there: what is
-    missing would otherwise be made up at random; and when ``model.attention`` or ``model.fused_layers`` cannot be had.
+    Dropout and router jitter are off because targets and policy must be the same function of the weights: with them, a
+    policy equal to its target would have a loss. Raises ValueError when the weights cannot be read or are not all
+    there: what is missing would otherwise be made up at random; and when ``model.attention`` or ``model.fused_layers``
+    cannot be had.
     """
     device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
     check_backend(config.attention, device, dtype)
@@ -87,17 +91,26 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path}: the weights hold numbers that are not finite")
+    turn_off_noise(model)
+    model.packed_attention_backend = config.attention
+    if config.fused_layers:
+        fuse_layers(model)
+    return model.to(device).eval()
+
+
+def turn_off_noise(model: PreTrainedModel) -> None:
+    """Set every dropout and jitter to 0: those of modules, and the numbers that forwards read in training mode.
+
+    OPT drops by ``dropout``, StarCoder2 by ``residual_dropout``, Mixtral's router shakes by ``jitter_noise``.
+    """
     if getattr(model.config, "attention_dropout", 0.0):
         model.config.attention_dropout = 0.0
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
-    model.packed_attention_backend = config.attention
-    if config.fused_layers:
-        fuse_layers(model)
-    return model.to(device).eval()
+        noises = [name for name, value in vars(module).items() if isinstance(value, float) and NOISE.search(name)]
+        for name in noises:
+            setattr(module, name, 0.0)
 
 
 def placed_as_read(device: torch.device) -> dict[str, dict[str, torch.device]]:

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, OPTConfig, PhiConfig, Starcoder2Config
 
 import inverseq.model as model_module
 from inverseq.config import ModelConfig
-from inverseq.model import frozen_copy, head_of, load_model, resolve_device
+from inverseq.model import action_hidden, frozen_copy, head_of, load_model, resolve_device
+from inverseq.packing import write_pack
 from inverseq.resolve import resolve_model_path
 from tests.tiny import make_tiny_model
+from tests.tiny_samples import make_samples
 
 CONFIG = ModelConfig(path="tiny", device="cpu")
 
@@ -59,6 +62,26 @@ def test_dropout_is_off(path):
     model = load_model(path, CONFIG)
     assert model.config.attention_dropout == 0.0
     assert {module.attention_dropout for module in model.modules() if hasattr(module, "attention_dropout")} == {0.0}
+
+
+COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+NOISY = [
+    OPTConfig(**COMMON, word_embed_proj_dim=32, ffn_dim=64, dropout=0.5),
+    OPTConfig(**COMMON, word_embed_proj_dim=32, ffn_dim=64, dropout=0.0, layerdrop=0.9),
+    Starcoder2Config(**COMMON, intermediate_size=64, residual_dropout=0.5, embedding_dropout=0.5),
+    MixtralConfig(**COMMON, num_key_value_heads=1, intermediate_size=64, router_jitter_noise=0.5),
+    PhiConfig(**COMMON, intermediate_size=64, resid_pdrop=0.5, embd_pdrop=0.5),
+]
+
+
+@pytest.mark.parametrize("config", NOISY, ids=lambda config: config.model_type)
+def test_a_model_in_training_is_the_function_that_it_is_in_evaluation(tmp_path, config):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, CONFIG)
+    pack = write_pack(make_samples(2, num_views=1, vocab=64), [0, 1], (-1,))
+    expected = action_hidden(model.eval(), pack)
+    torch.manual_seed(0)
+    assert torch.equal(action_hidden(model.train(), pack), expected)
 
 
 def test_the_head_is_the_parameter_itself_and_its_padding_is_counted(path):
