@@ -335,7 +335,8 @@ class PromptStream:
     def next(self, count: int, *, copies: int = 1) -> list[RenderedPrompt]:
         """``count`` prompts to answer: the next ``count // copies``, each ``copies`` times (see ``repeat_prompts``).
 
-        A pass that ends on the way is followed by the next one. Raises ValueError when ``copies`` does not divide.
+        A pass that ends on the way is followed by the next one, whose prompts may be copies of those before. Raises
+        ValueError when ``copies`` does not divide.
         """
         if count % copies:
             raise ValueError(f"copies={copies}: expected a divisor of count={count}")
@@ -348,7 +349,7 @@ class PromptStream:
             taken = self._order[self._cursor : self._cursor + count - len(drawn)]
             drawn += [self.training[index] for index in taken]
             self._cursor += len(taken)
-        return repeat_prompts(drawn, copies) if copies > 1 else drawn
+        return repeat_prompts(drawn, copies)
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the stream stands; plain numbers and text."""

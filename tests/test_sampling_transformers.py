@@ -187,6 +187,17 @@ def test_the_stream_repeats_prompts_and_counts_responses():
         stream.next(4, copies=3)
 
 
+def test_what_an_epoch_draws_again_has_noise_of_its_own_whichever_rank_answers_it():
+    renderer = ChatRenderer(make_tiny_tokenizer(), principle_text="be safe", plain_system="")
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"word {i}"},)) for i in range(3)]
+    drawn = PromptStream(prompts, renderer, seed=0, shuffle=False).next(8)
+    assert [item.prompt.id for item in drawn] == ["p0", "p1", "p2", "p0#1", "p1#1", "p2#1", "p0#2", "p1#2"]
+    keys = [key.tobytes() for key in prompt_keys(drawn, seed=5)]
+    assert len(set(keys)) == 8
+    for rank in range(3):
+        assert [key.tobytes() for key in prompt_keys(drawn[rank::3], seed=5)] == keys[rank::3]
+
+
 def test_with_seeds_of_their_own_responses_do_not_depend_on_what_else_is_sampled():
     model, prompts = make_model(), repeat_prompts(mixed_prompts(12), 2)
     order = np.random.default_rng(0).permutation(len(prompts))
