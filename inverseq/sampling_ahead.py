@@ -7,6 +7,7 @@ resumed run draws them with the weights of its checkpoint instead, so it is not 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,14 +25,17 @@ class SamplesAhead:
 
     def __init__(self, sampler: Sampler, prompts: Sequence[RenderedPrompt], *, seed: int):
         self.samples: list[Sample] = []
+        self.duration_s = 0.0  # what the sampler took
         self.error: BaseException | None = None
         arguments: tuple[Any, ...] = (sampler, prompts, seed)
         self.thread = threading.Thread(target=self.run, args=arguments, name="inverseq-samples-ahead", daemon=True)
         self.thread.start()
 
     def run(self, sampler: Sampler, prompts: Sequence[RenderedPrompt], seed: int) -> None:
+        started = time.perf_counter()
         try:
             self.samples = sample_responses(sampler, prompts, seed=seed)
+            self.duration_s = time.perf_counter() - started
         except BaseException as error:  # raised where the samples are asked for
             self.error = error
 

@@ -128,7 +128,8 @@ def run_epoch(state: State, config: Config) -> None:
     row = epoch_row(epoch, state.engine.num_updates, steps_done, config.packing.train_tokens)
     row |= response_metrics(scored)
     row |= measure_held_out(state)
-    row["sample_tokens_per_second"] = row["num_actions"] / state.durations_s["sample_duration_s"]
+    sampling_s = state.durations_s.get("sample_ahead_duration_s", state.durations_s["sample_duration_s"])
+    row["sample_tokens_per_second"] = row["num_actions"] / sampling_s
     row |= state.freshness.row | state.phase_row()
     row["weights_lag_steps"] = lag_steps
     row["epoch_duration_s"] = time.perf_counter() - started
@@ -192,10 +193,15 @@ def start_ahead(state: State, epoch: int) -> None:
 
 
 def collect_ahead(state: State) -> list[Sample]:
-    """What was sampled while the epoch before trained; waits for what is still missing."""
+    """What was sampled while the epoch before trained; waits for what is still missing.
+
+    The phase lasts only as long as the wait; what the slowest rank's sampler took is ``sample_ahead_duration_s``.
+    """
     ahead, state.ahead = state.ahead, None
     with state.phase("sample", len(ahead.samples)):
-        return state.ranks.unshare(ahead.collect())
+        samples = state.ranks.unshare(ahead.collect())
+    state.durations_s["sample_ahead_duration_s"] = max(state.ranks.gather(ahead.duration_s))
+    return samples
 
 
 def score(state: State, samples: Sequence[Sample]) -> ScoredSamples:

@@ -157,6 +157,9 @@ def test_the_next_epoch_may_be_sampled_while_this_one_trains(inputs, tmp_path, p
     assert steps == [0, 0, 2]
     assert [row["weights_lag_steps"] for row in rows(run_dir, "epoch")] == [0, 0, 2, 2]
     assert arrived[0] > 0 and arrived[2] > 0 and arrived[4] == 0  # nothing is drawn behind the last epoch
+    for row in rows(run_dir, "epoch")[2:]:  # by one request after the other, each delayed
+        assert row["sample_tokens_per_second"] == row["num_actions"] / row["sample_ahead_duration_s"]
+        assert row["sample_ahead_duration_s"] > 8 * proxy.delay_s
     proxy.delay_s = 0.0
     other = train(load_config("demo", overrides(inputs, tmp_path / "other", proxy, "epochs=3")))
     for epoch in (1, 2, 3):
