@@ -1,8 +1,9 @@
 """Sampling by an OpenAI-compatible completions server that somebody else has started: vLLM, SGLang and others.
 
 Requests go out longest prompt first: how long a response gets is not known, a long prompt costs most to read, and
-what is long should not be what all others are waited for at the end. An answer that fails, is late or must not be
-trained on is asked for again with another seed; a prompt whose retries are spent ends the run.
+what is long should not be what all others are waited for at the end. An answer that fails or is late is asked for
+again with its own seed, for another would favour answers that are short; one that must not be trained on is drawn again
+with another seed. A prompt whose retries are spent ends the run, and so does an answer that the server cuts off.
 
 A server that drops a connection may come back with other weights, so from then on nothing is sent until it answers
 again, has been checked against the trainer (``recheck``) and, if it fails that, has been told to load the weights
@@ -147,10 +148,10 @@ class ServerSampler:
         return Client(self.config, self.model_name)
 
     def request_of(self, seed: int) -> RequestOf:
-        """The request for a prompt: each prompt and each attempt of a call has a seed of its own."""
+        """The request for a prompt: each prompt and each draw of a call has a seed of its own."""
 
-        def request(index: int, prompt: list[int] | str, attempt: int) -> dict[str, Any]:
-            entropy = np.random.SeedSequence([seed, index, attempt])
+        def request(index: int, prompt: list[int] | str, draw: int) -> dict[str, Any]:
+            entropy = np.random.SeedSequence([seed, index, draw])
             own_seed = int(entropy.generate_state(1, np.uint32)[0] >> 1)
             return self.protocol.request(prompt, self.max_new_tokens, seed=own_seed)
 

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .config import ServerConfig
-from .sampling_server_protocol import BadAnswer, CompletionsProtocol, UnfitServer
+from .sampling_server_protocol import BadAnswer, CompletionsProtocol, NoAnswer, UnfitServer
 
 __all__ = ["Batch", "Client", "RequestOf", "ServerLost", "check_server", "server_version", "why_unreachable"]
 
 logger = logging.getLogger(__name__)
 
-RequestOf = Callable[[int, list[int] | str, int], dict[str, Any]]  # index, prompt, attempt → a request
+RequestOf = Callable[[int, list[int] | str, int], dict[str, Any]]  # index, prompt, number of the draw → a request
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a request is sent again, doubled each time
 QUICK_TIMEOUT_S = 10.0
@@ -39,7 +39,7 @@ class ServerLost(Exception):
     """The connection broke: the server may be down, or back with other weights."""
 
 
-class Overloaded(BadAnswer):
+class Overloaded(NoAnswer):
     """An answer that says to come back later, perhaps when."""
 
     def __init__(self, message: str, retry_after: str | None, *, is_suspect: bool):
@@ -67,7 +67,7 @@ class Client:
         return openai.AsyncOpenAI(base_url=self.config.url, api_key=api_key(), max_retries=0, timeout=timeout)
 
     async def send(self, connection: Any, request: dict[str, Any]) -> Any:
-        """One completion. ServerLost when the connection broke, BadAnswer for what may pass, UnfitServer else."""
+        """One completion. ServerLost when the connection broke, NoAnswer for what may pass, UnfitServer else."""
         import openai
 
         try:
@@ -89,7 +89,7 @@ class Client:
             )
             raise UnfitServer(f"{message}{hint}") from error
         except (openai.APIError, ValueError) as error:  # an answer that is not what the protocol says
-            raise BadAnswer(f"{type(error).__name__}: {error}") from error
+            raise NoAnswer(f"{type(error).__name__}: {error}") from error
 
     def ask_once(self, request: dict[str, Any]) -> Any:
         """One completion, asked for again as often as the configuration allows; raises what the last attempt did."""
@@ -187,8 +187,9 @@ class Batch:
 
     async def answer(self, connection: Any, slots: asyncio.Semaphore, index: int, prompt: list[int] | str) -> None:
         """Put the outcome of one prompt into the queue."""
+        num_refused = 0
         for attempt in range(self.client.config.retries + 1):
-            request = self.request_of(index, prompt, attempt)
+            request = self.request_of(index, prompt, num_refused)
             try:
                 async with slots:
                     if self.is_lost:
@@ -199,6 +200,7 @@ class Batch:
             except BadAnswer as error:
                 outcome = error
                 self.num_redrawn += 1
+                num_refused += not isinstance(error, NoAnswer)
                 logger.info("%s: attempt %d at prompt %d: %s", self.client.config.url, attempt + 1, index, error)
                 if attempt < self.client.config.retries:
                     await asyncio.sleep(pause_s(attempt, error) if isinstance(error, Overloaded) else 0)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import ServerConfig
 from .records import RenderedPrompt
 
-__all__ = ["Answer", "BadAnswer", "CompletionsProtocol", "UnfitServer"]
+__all__ = ["Answer", "BadAnswer", "CompletionsProtocol", "NoAnswer", "UnfitServer"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,11 @@ REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8 decode to
 
 class BadAnswer(Exception):
     """An answer that must not be trained on; asking again may give another."""
+
+
+class NoAnswer(BadAnswer):
+    """Nothing came that says what was drawn. The same is asked for again: with another seed, what takes long or fails
+    for what it says would become rarer than the policy says it."""
 
 
 class UnfitServer(RuntimeError):
@@ -126,16 +131,18 @@ class CompletionsProtocol:
     def read(self, completion: Any, num_tokens: int) -> Answer:
         """The answer in a completion of at most ``num_tokens`` tokens.
 
-        Raises BadAnswer for one that must not be trained on: an error as its finish reason, fewer tokens than asked
-        for without a stop token, a stop token inside, padding words, text that is not that of its tokens.
+        Raises BadAnswer for one that must not be trained on: an error as its finish reason, a stop token inside,
+        padding words, text that is not that of its tokens. Raises UnfitServer for fewer tokens than asked for without
+        a stop token.
         """
         if not completion.choices:
-            raise BadAnswer("no choice in the answer")
+            raise NoAnswer("no choice in the answer")
         choice = completion.choices[0]
         reason = choice.finish_reason
         if reason not in ("stop", "length"):
-            raise BadAnswer(f"finish reason {reason!r}")
-        stopped_by = getattr(choice, "stop_reason", None) or getattr(choice, "matched_stop", None)
+            raise NoAnswer(f"finish reason {reason!r}")
+        reasons = (getattr(choice, name, None) for name in ("stop_reason", "matched_stop"))
+        stopped_by = next((found for found in reasons if found is not None), None)  # a token's id may be 0
         if isinstance(stopped_by, str):
             raise BadAnswer(f"stopped at the text {stopped_by!r}, which is no stop token")
         ids = getattr(choice, "token_ids", None)
@@ -149,7 +156,7 @@ class CompletionsProtocol:
         return Answer(token_ids, "stop" if ids[-1] in self.stop_ids else "length", logprobs_of(choice, len(ids)))
 
     def check_ids(self, ids: list[int], reason: str, num_tokens: int) -> None:
-        """Raise BadAnswer unless these can be the tokens of a whole response."""
+        """Raise BadAnswer unless these can be the tokens of a whole response, UnfitServer for one that was cut off."""
         if not all(type(i) is int and 0 <= i < self.num_valid_vocab for i in ids):
             raise BadAnswer(f"token ids outside the vocabulary of {self.num_valid_vocab}")
         stops = [i in self.stop_ids for i in ids]
@@ -158,7 +165,10 @@ class CompletionsProtocol:
         if len(ids) > num_tokens:
             raise BadAnswer(f"{len(ids)} tokens, more than the {num_tokens} asked for")
         if reason == "length" and not stops[-1:] == [True] and len(ids) < num_tokens:
-            raise BadAnswer(f"cut off after {len(ids)} of {num_tokens} tokens")
+            raise UnfitServer(
+                f"an answer was cut off after {len(ids)} of {num_tokens} tokens, for want of context or cache; asked "
+                "again, such prompts would get short answers only"
+            )
 
     def default_stop_id(self) -> int:
         """The stop token of an answer that does not say which ended it."""

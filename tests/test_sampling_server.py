@@ -114,7 +114,6 @@ def test_an_answer_that_ends_with_the_last_token_asked_for_counts_as_ended():
     [
         (completion(token_ids=[5], finish_reason="error"), "finish reason 'error'"),
         (completion(token_ids=[5], finish_reason="abort"), "finish reason 'abort'"),
-        (completion(token_ids=[5, 6], finish_reason="length"), "cut off after 2 of 4"),
         (completion(token_ids=[5, 6, 7, 8, 9], finish_reason="length"), "5 tokens, more than the 4"),
         (completion(token_ids=[5, EOS, 6, 7], finish_reason="length"), "a stop token is number 2 of 4"),
         (completion(token_ids=[5, EOS, EOS]), "a stop token is number 2 of 3"),
@@ -132,6 +131,22 @@ def test_an_answer_that_ends_with_the_last_token_asked_for_counts_as_ended():
 def test_an_answer_that_must_not_be_trained_on_is_refused(answer, message):
     with pytest.raises(BadAnswer, match=message):
         protocol().read(answer, 4)
+
+
+def test_an_answer_that_was_cut_off_is_not_drawn_again():
+    for answer in (
+        completion(token_ids=[5, 6], finish_reason="length"),
+        completion(text="w0 w1", count=2, finish_reason="length"),
+    ):
+        with pytest.raises(UnfitServer, match="cut off after 2 of 4 tokens"):
+            protocol().read(answer, 4)
+
+
+@pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
+def test_the_stop_token_of_id_0_is_not_taken_for_another(field):
+    reader = protocol(stop_ids=(0, OTHER_STOP))
+    reader.tokenizer.eos_token = "other"
+    assert reader.read(completion(token_ids=[5, 6], **{field: 0}), 4).token_ids.tolist() == [5, 6, 0]
 
 
 def test_a_text_without_a_count_of_its_tokens_is_refused():
