@@ -202,7 +202,7 @@ class LmdeploySampler:
 
         A response that must not be trained on is drawn again; an engine that is gone or hangs is started again with
         the same weights and asked for what is missing. Raises LmdeployError when a prompt's, or the engine's, retries
-        are spent. The engine sleeps afterwards.
+        are spent, and for an answer that is cut off. The engine sleeps afterwards.
         """
         requests = requests_of(prompts, seed, self.config.max_new_tokens, self.stop_ids)
         total, attempt = len(requests), 0
@@ -216,14 +216,14 @@ class LmdeploySampler:
                             raise outcome
                         token_ids, reason = check_answer(outcome, request, self.num_valid_vocab)
                     except (BadAnswer, EngineLost) as error:
-                        missing.append((request, error))
+                        missing.append((retried(request, outcome), error))
                         continue
                     except RequestRefused as error:
                         raise LmdeployError(
                             f"LMDeploy refuses prompt {prompts[request.index].prompt.id!r}: {error}"
                         ) from error
                     yield request.index, self.response(token_ids, reason, seed)
-                requests, attempt = [reseeded(request) for request, _ in missing], attempt + 1
+                requests, attempt = [request for request, _ in missing], attempt + 1
                 self.judge(missing, total, attempt)
         finally:
             if total:
@@ -276,8 +276,13 @@ class LmdeploySampler:
         self.engine.stop()
 
 
-def reseeded(request: Request) -> Request:
-    """The request with another seed of its prompt: the same one would give the same answer."""
+def retried(request: Request, outcome: Answer | Exception) -> Request:
+    """The request to be sent again, with another seed where the same one would give the answer that was refused.
+
+    One without an answer keeps its seed: with another, what takes long would become rarer than the policy says it.
+    """
+    if isinstance(outcome, Exception) or outcome.finish_reason not in ("stop", "length"):
+        return request
     return Request(
         request.index, request.input_ids, request.max_new_tokens, request.stop_ids, (request.seed + 1) % 2**63
     )

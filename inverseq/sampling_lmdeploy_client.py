@@ -99,7 +99,11 @@ def requests_of(prompts: Sequence, seed: int, max_new_tokens: int, stop_ids: tup
 
 
 def check_answer(answer: Answer, request: Request, num_valid_vocab: int) -> tuple[np.ndarray, str]:
-    """(token ids [R] int32, finish reason) of an answer that may be trained on; BadAnswer says what is wrong."""
+    """(token ids [R] int32, finish reason) of an answer that may be trained on.
+
+    BadAnswer says what is wrong with another; RequestRefused is raised for one that the engine has cut off: its PyTorch
+    form lowers ``max_new_tokens`` to what its context and cache hold, without a word in the answer.
+    """
     ids, reason = answer.token_ids, answer.finish_reason
     if reason not in ("stop", "length"):
         raise BadAnswer(f"finish reason {reason!r} after {len(ids)} tokens")
@@ -114,5 +118,8 @@ def check_answer(answer: Answer, request: Request, num_valid_vocab: int) -> tupl
     if reason == "stop" and not stops[-1]:
         raise BadAnswer("finish reason 'stop' without the stop token")
     if reason == "length" and not stops[-1] and len(ids) < request.max_new_tokens:
-        raise BadAnswer(f"finish reason 'length' after {len(ids)} of {request.max_new_tokens} tokens")
+        raise RequestRefused(
+            f"its answer was cut off after {len(ids)} of {request.max_new_tokens} tokens, for want of context or "
+            "cache; asked again, such prompts would get short answers only"
+        )
     return np.array(ids, dtype=np.int32), "stop" if stops[-1] else "length"

@@ -18,7 +18,7 @@ import inverseq.sampling_lmdeploy as module
 from inverseq.config import LmdeployConfig, SamplingConfig
 from inverseq.sampling import make_sampler, sample_responses
 from inverseq.sampling_lmdeploy import LmdeployError, LmdeploySampler, check_lmdeploy
-from inverseq.sampling_lmdeploy_client import Answer
+from inverseq.sampling_lmdeploy_client import Answer, BadAnswer, EngineLost
 from inverseq.sampling_lmdeploy_server import GUARD, ApiServer, free_port
 from tests.test_sampling import make_model, make_prompt, make_tokenizer, responses_of
 
@@ -146,7 +146,7 @@ def test_every_setting_is_sent_and_long_prompts_go_first(run):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", ["error", "abort", "short", "no_stop", "junk", "500", "503"])
+@pytest.mark.parametrize("fault", ["error", "abort", "no_stop", "junk", "500", "503"])
 def test_an_answer_that_must_not_be_trained_on_is_asked_for_again(run, fault):
     sampler = run({"faults": {"/generate": [fault]}})
     assert responses_of(sample(sampler)) == expected()
@@ -180,6 +180,13 @@ def test_when_retries_are_spent_the_run_stops_and_says_how_many_prompts_are_miss
 def test_a_request_that_is_refused_is_not_repeated(run):
     sampler = run({"faults": {"/generate": ["400"]}})
     with pytest.raises(LmdeployError, match=r"refuses prompt 'p\d'.*status 400.*planted"):
+        sample(sampler)
+
+
+def test_an_answer_that_is_cut_off_ends_the_run(run):
+    """LMDeploy's PyTorch engine lowers max_new_tokens to the room that is left; drawn again, short ones would pass."""
+    sampler = run({"faults": {"/generate": ["short"]}})
+    with pytest.raises(LmdeployError, match=r"prompt 'p\d': its answer was cut off after 1 of 8 tokens"):
         sample(sampler)
 
 
@@ -243,9 +250,10 @@ def test_a_server_that_does_not_come_up_is_an_error_with_its_last_words(run):
 
 
 class RecordedEngine:
-    """An engine that writes down what happens to it and fails the first request for each prompt."""
+    """An engine that writes down what happens to it and gives the first request for each prompt a bad outcome."""
 
     form, version, can_update, is_running = "pipeline", "0.18.0", False, False
+    first: Answer | Exception = Answer([7], "stop")
 
     def __init__(self, events):
         self.events, self.requests = events, []
@@ -270,7 +278,7 @@ class RecordedEngine:
         for request in requests:
             self.requests.append(request)
             seen = sum(one.index == request.index for one in self.requests)
-            yield request, Answer([7, STOP], "stop" if seen > 1 else "error")
+            yield request, Answer([7, STOP], "stop") if seen > 1 else self.first
 
 
 def recorded(events, tmp_path, monkeypatch, *, is_main=True) -> LmdeploySampler:
@@ -307,14 +315,27 @@ def test_the_engine_finds_the_gpu_memory_that_training_left_in_torchs_cache(tmp_
     assert events == ["sleep", "release", "wake up", "stop", "save", "release", "start weights_rank0"]
 
 
-def test_a_response_that_is_drawn_again_has_another_seed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "num_seeds"),
+    [
+        (Answer([7], "stop"), 2),
+        (Answer([7, VOCAB, STOP], "stop"), 2),
+        (Answer([7], "error"), 1),
+        (BadAnswer("status 500"), 1),
+        (EngineLost("no answer within 600 s"), 1),
+    ],
+    ids=str,
+)
+def test_only_a_response_that_was_seen_is_drawn_with_another_seed(tmp_path, monkeypatch, first, num_seeds):
+    """What failed or was late keeps its seed: with another, long responses would give way to short ones."""
     sampler = recorded([], tmp_path, monkeypatch)
     sampler.sync(policy(0), 0)
+    sampler.engine.first = first
     assert responses_of(sample(sampler, 3)) == [[7, STOP]] * 3
     seeds = {}
     for request in sampler.engine.requests:
         seeds.setdefault(request.index, []).append(request.seed)
-    assert all(len(set(pair)) == 2 for pair in seeds.values()) and len(seeds) == 3
+    assert all(len(pair) == 2 and len(set(pair)) == num_seeds for pair in seeds.values()) and len(seeds) == 3
 
 
 def test_weights_need_a_folder():

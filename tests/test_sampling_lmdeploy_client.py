@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from inverseq.sampling_lmdeploy_client import Answer, BadAnswer, Request, check_answer, requests_of
+from inverseq.sampling_lmdeploy_client import Answer, BadAnswer, Request, RequestRefused, check_answer, requests_of
 from inverseq.sampling_lmdeploy_server import server_environment
 from inverseq.sampling_lmdeploy_weights import layers_of, serialized
 from tests.test_sampling import make_model
@@ -22,7 +22,6 @@ REQUEST = Request(0, [5, 6], 3, (STOP,), 1)
         ([7, 8, 9], "length", "length"),
         ([7, 8, STOP], "length", "stop"),
         ([7], "stop", "without the stop token"),
-        ([7, 8], "length", "after 2 of 3 tokens"),
         ([], "stop", "0 tokens"),
         ([7, 8, 9, 10], "length", "4 tokens"),
         ([STOP, 7, STOP], "stop", r"stop tokens at \[0, 2\]"),
@@ -39,6 +38,11 @@ def test_which_answers_may_be_trained_on(ids, reason, result):
     else:
         with pytest.raises(BadAnswer, match=result):
             check_answer(Answer(ids, reason), REQUEST, VOCAB)
+
+
+def test_an_answer_that_was_cut_off_is_not_asked_for_again():
+    with pytest.raises(RequestRefused, match="cut off after 2 of 3 tokens"):
+        check_answer(Answer([7, 8], "length"), REQUEST, VOCAB)
 
 
 def test_a_prompts_seed_does_not_depend_on_its_place():
