@@ -8,8 +8,9 @@ import torch
 
 from inverseq.attention import ATTENTION_NAME
 from inverseq.config import Config, ContrastConfig, EngineConfig, ModelConfig, PackingConfig
+from inverseq.distributed import Ranks
 from inverseq.model import FrozenPair, load_model
-from inverseq.packing import pack_views
+from inverseq.packing import pack_views, view_lengths
 from inverseq.policy import Policy
 from inverseq.targets import score_targets
 from tests.tiny import make_tiny_model
@@ -26,21 +27,22 @@ def models(tmp_path_factory):
     ]
 
 
-def score(better, plain, samples, *, alpha=1.4, kind="principle", budget=64, share_prefix=False, initial=False):
+def score(better, plain, samples, *, alpha=1.4, kind="principle", budget=64, share_prefix=False, initial=False, **more):
     for model in (better, plain):
         model.set_attn_implementation(ATTENTION_NAME)
     other = "other" if kind == "model" else ""
     contrast = ContrastConfig(kind=kind, alpha=alpha, plain_model=other, kl_to_initial=initial)
     packing = PackingConfig(score_tokens=budget, share_prefix=share_prefix)
     config = Config(model=MODEL, contrast=contrast, packing=packing, run_dir="unused")
-    return score_targets(FrozenPair(better, plain), samples, config, num_valid_vocab=512)
+    return score_targets(FrozenPair(better, plain), samples, config, **{"num_valid_vocab": 512, **more})
 
 
 @pytest.mark.parametrize("alpha", [1.4, 1.0, 0.0, -0.5])
 @pytest.mark.parametrize("budget", [96, 4096])
 def test_principle_contrast_equals_the_formula(models, alpha, budget):
-    samples = make_samples(7)
-    scored = score(models[0], models[0], samples, alpha=alpha, budget=budget)
+    samples, done = make_samples(7), []
+    scored = score(models[0], models[0], samples, alpha=alpha, budget=budget, advance=done.append)
+    assert sum(done) == 7 and (len(done) > 1) == (budget < sum(view_lengths(samples, (0, 1))))
     targets, plain = superior_logprobs(models[0], models[0], samples, alpha)
     assert (targets - plain).abs().max() > 0.1 or alpha == 0.0
     torch.testing.assert_close(scored.targets.double(), targets, rtol=0, atol=2e-5)
@@ -102,6 +104,86 @@ def test_models_that_shape_their_logits_differently_are_refused(models):
     other.config.logits_scaling = 2.0
     with pytest.raises(ValueError, match="contrast.plain_model"):
         score(models[0], other, samples, kind="model")
+    other.config.logits_scaling, other.config.final_logit_softcapping = 1.0, 30.0
+    with pytest.raises(ValueError, match="contrast.plain_model"):
+        score(models[0], other, samples, kind="model")
+
+
+def with_a_full_head(model, seed):
+    """A copy whose head has all that one may have: a bias, a softcap, a temperature, and words that are padding."""
+    copied = copy.deepcopy(model)
+    copied.lm_head.bias = torch.nn.Parameter(torch.randn(512, generator=torch.Generator().manual_seed(seed)))
+    copied.config.final_logit_softcapping, copied.config.logits_scaling = 2.0, 0.5
+
+    def shape(_head, _inputs, logits):  # of the model's own logits: scoring reads the head's weight and bias
+        shaped = 2.0 * torch.tanh(logits / 2.0) / 0.5
+        shaped[..., 480:] = -1e9
+        return shaped
+
+    copied.lm_head.register_forward_hook(shape)
+    return copied
+
+
+@pytest.mark.parametrize("kind", ["principle", "model"])
+def test_every_part_of_a_head_reaches_targets_and_policy(models, kind):
+    better = with_a_full_head(models[0], 1)
+    plain = with_a_full_head(models[1], 2) if kind == "model" else better
+    samples = make_samples(5, seed=6, vocab=480)
+    scored = score(better, plain, samples, kind=kind, initial=kind == "model", num_valid_vocab=480)
+    targets, expected = superior_logprobs(better, plain, samples, 1.4)
+    torch.testing.assert_close(scored.targets.double(), targets, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scored.plain_logprobs.double(), expected, rtol=0, atol=2e-5)
+    own = superior_logprobs(better, better, samples, 0.0)[1]
+    if kind == "model":
+        torch.testing.assert_close(scored.initial_logprobs.double(), own, rtol=0, atol=2e-5)
+    better.set_attn_implementation(ATTENTION_NAME)
+    loss, logprobs = policy_pass(better, samples, scored.targets, 4096, valid=480)
+    torch.testing.assert_close(logprobs.double(), own, rtol=0, atol=2e-5)
+    assert loss == pytest.approx((targets - own).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_each_model_reads_its_own_view_in_packs_of_the_scoring_budget(models, longer):
+    samples = make_samples(6, seed=7)
+    prefixes = [np.arange(3, 6, dtype=np.int32)] * 2
+    prefixes[longer] = np.arange(3, 33, dtype=np.int32)
+    for sample in samples:
+        object.__setattr__(sample.rendered, "prefix_ids", tuple(prefixes))
+    seen, done = [[], []], []
+    handles = [
+        model.get_decoder().register_forward_pre_hook(
+            lambda _module, _args, inputs, tokens=tokens: tokens.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        for model, tokens in zip(models, seen, strict=True)
+    ]
+    score(models[0], models[1], samples, kind="model", budget=110, advance=done.append)
+    for handle in handles:
+        handle.remove()
+    assert sum(done) == 6 and len(done) == len(seen[0]) == len(seen[1]) > 1
+    assert all(max(tokens) <= 110 for tokens in seen)
+    assert [sum(tokens) for tokens in seen] == [view_lengths(samples, (view,)).sum() for view in (0, 1)]
+
+
+def test_a_rank_without_samples_adds_nothing(models):
+    told, done, samples = {}, [], make_samples(1, seed=2)
+
+    class Told(Ranks):
+        def gather(self, value):
+            told[self.rank] = value
+            return [told[rank] for rank in sorted(told)]
+
+    with pytest.raises(ArithmeticError):  # nothing has been said of the sample yet
+        score(models[0], models[0], samples, ranks=Told(1, 2), advance=done.append)
+    scored = score(models[0], models[0], samples, ranks=Told(0, 2), advance=done.append)
+    assert done == [1] and torch.equal(scored.targets, score(models[0], models[0], samples).targets)
+
+
+def test_one_model_that_gives_no_numbers_is_an_error(models):
+    broken = copy.deepcopy(models[0])
+    with torch.no_grad():
+        broken.lm_head.weight[5] = float("nan")
+    with pytest.raises(ArithmeticError, match="not numbers"):
+        score(broken, models[1], make_samples(2), kind="model")
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +192,9 @@ def half_model(tmp_path_factory):
     return load_model(path, ModelConfig(path="tiny", device="cpu", dtype="bfloat16"))
 
 
-def policy_pass(model, samples, targets, budget):
+def policy_pass(model, samples, targets, budget, valid=512):
     """Mean squared log-ratio and log π_θ of all actions, from packs of at most ``budget`` tokens."""
-    policy, offsets = Policy(model, 512, EngineConfig()), np.cumsum([0, *(s.num_actions for s in samples)])
+    policy, offsets = Policy(model, valid, EngineConfig()), np.cumsum([0, *(s.num_actions for s in samples)])
     logprobs, loss = torch.empty(len(targets)), 0.0
     for pack in pack_views(samples, (-1,), token_budget=budget):
         rows = pack.action_rows(offsets)
@@ -130,14 +212,16 @@ def test_with_the_same_weights_and_text_the_bf16_loss_is_nothing(half_model, pol
     assert (scored.targets - logprobs).square().mean().sqrt() < 1e-5  # far below the goal of 0.02 nats
 
 
-def test_the_plain_view_rounds_as_the_policy_does_beside_a_shared_principle(half_model):
+@pytest.mark.parametrize("kind", ["principle", "model"])
+def test_the_plain_view_rounds_as_the_policy_does_beside_a_shared_principle(half_model, kind):
     samples = make_samples(5, seed=9, longest=250)
     prefixes = (np.arange(3, 60, dtype=np.int32), np.arange(3, 9, dtype=np.int32))
     for sample in samples:
         object.__setattr__(sample.rendered, "prefix_ids", prefixes)
     (pack,) = pack_views(samples, (0, 1), token_budget=4096, share_prefix=True)
     assert pack.parent_seq.tolist() == [-1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1]
-    scored = score(half_model, half_model, samples, budget=4096, share_prefix=True)
+    plain = half_model if kind == "principle" else copy.deepcopy(half_model)
+    scored = score(half_model, plain, samples, kind=kind, budget=4096, share_prefix=True)
     _, logprobs = policy_pass(half_model, samples, scored.targets, 512)
     torch.testing.assert_close(scored.plain_logprobs, logprobs, rtol=0, atol=1e-5)
 
