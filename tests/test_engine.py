@@ -72,7 +72,7 @@ def reference_step(model, scored, optim: OptimConfig):
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sum", "sequence_mean"])
 def test_a_step_equals_plain_pytorch(model, reduction):
-    optim = replace(OPTIM, loss_reduction=reduction)
+    optim = replace(OPTIM, loss_reduction=reduction, weight_decay=2.0)
     scored = scored_samples(model)
     engine = make_engine(model, optim)
     metrics = engine.train_step(plan_steps(scored, optim, PackingConfig(train_tokens=48))[0])
@@ -135,17 +135,22 @@ def test_the_divergence_from_the_initial_model_is_reported_where_it_was_scored(m
     assert run(model, scored, budget=budget)[1][0].kl_to_initial is None
 
 
-def test_a_non_finite_loss_stops_before_the_update(model):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_loss_or_gradient_stops_before_the_update(model, what):
     scored = scored_samples(model)
     engine = make_engine(model)
     step = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))[0]
-    step.micro_batches[0].targets[0] = float("inf")
+    if what == "loss":
+        step.micro_batches[0].targets[0] = float("inf")
+    else:
+        engine.weights[-1].register_hook(lambda gradient: gradient * float("inf"))
     before = [p.detach().clone() for p in engine.policy.parameters()]
     with pytest.raises(NonFiniteError, match="optimizer step 1"):
         engine.train_step(step)
     assert all(torch.equal(a, b) for a, b in zip(before, engine.policy.parameters(), strict=True))
     assert engine.num_updates == 0
     assert not engine.optimizer.state
+    assert all(p.grad is None for p in (*engine.weights, *engine.masters)), "nothing is left for the next step"
 
 
 def test_bfloat16_weights_keep_updates_below_their_resolution(model):
@@ -188,26 +193,94 @@ def test_bfloat16_gradients_leave_one_by_one_and_their_sum_is_that_of_whole_micr
             weight.grad = None
     left, weights = [], engine.weights
     for weight in weights:  # behind the engine's own hook
-        weight.register_post_accumulate_grad_hook(
-            lambda _: left.append(sum(w.grad is not None for w in weights))
-        )
+        weight.register_post_accumulate_grad_hook(lambda _: left.append(sum(w.grad is not None for w in weights)))
     accumulate(step, engine.device, engine.policy, engine._backward)
     assert left == [0] * len(weights) * len(step.micro_batches)
     for (name, total), master in zip(expected.items(), engine.masters, strict=True):
         assert torch.equal(master.grad, total), name
 
 
+SCHEDULED = replace(OPTIM, schedule="linear", warmup_steps=1)
+
+
+def assert_next_steps_are_equal(one, other, step):
+    expected, actual = one.train_step(step), other.train_step(step)
+    assert (expected.loss, expected.grad_norm) == (actual.loss, actual.grad_norm)
+    rate = SCHEDULED.lr * learning_rate_factor(1, 10, SCHEDULED)
+    assert (expected.learning_rate, actual.learning_rate) == (rate, rate)
+    assert one.optimizer.param_groups[0]["lr"] == other.optimizer.param_groups[0]["lr"] < rate
+    assert one.num_updates == other.num_updates == 2
+    for a, b in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_state_restores_bitwise(model):
     scored = scored_samples(model, count=8)
-    steps = plan_steps(scored, OPTIM, PackingConfig(train_tokens=64))
-    straight = make_engine(model)
+    steps = plan_steps(scored, SCHEDULED, PackingConfig(train_tokens=64))
+    straight = make_engine(model, SCHEDULED)
     straight.train_step(steps[0])
-    resumed = make_engine(straight.policy.model)
+    resumed = make_engine(straight.policy.model, SCHEDULED)
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
-    expected, actual = straight.train_step(steps[1]), resumed.train_step(steps[1])
-    assert (expected.loss, expected.grad_norm) == (actual.loss, actual.grad_norm)
-    for a, b in zip(straight.policy.parameters(), resumed.policy.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_next_steps_are_equal(straight, resumed, steps[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_that_many_ranks_have_saved_restores_bitwise(model, dtype):
+    scored, model = scored_samples(model, count=8), copy.deepcopy(model).to(dtype)
+    steps = plan_steps(scored, SCHEDULED, PackingConfig(train_tokens=64))
+    straight, resumed = make_engine(model, SCHEDULED), make_engine(model, SCHEDULED)
+    straight.train_step(steps[0])
+
+    def read(name):
+        master = straight.masters[straight.names.index(name)]
+        moments = {key: straight.optimizer.state[master][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        return {"master": master.detach().clone(), **moments}
+
+    resumed.load_named_state(read, 1)
+    assert_next_steps_are_equal(straight, resumed, steps[1])
+
+
+def test_adamw_is_given_what_the_configuration_says(model):
+    optim = replace(OPTIM, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
+    (group,) = make_engine(model, optim).optimizer.param_groups
+    assert [group[key] for key in ("lr", "betas", "eps", "weight_decay")] == [1e-3, (0.8, 0.7), 1e-5, 0.3]
+
+
+def test_without_a_largest_norm_nothing_is_clipped(model):
+    scored = scored_samples(model)
+    (free, (first, *_)), (wide, (same, *_)) = (
+        run(model, scored, replace(OPTIM, max_grad_norm=norm)) for norm in (0.0, 1e9)
+    )
+    assert first.grad_norm == pytest.approx(same.grad_norm) and first.grad_norm > 0
+    for a, b in zip(free.policy.parameters(), wide.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_last_micro_batch_of_a_step_is_told_from_the_others(model):
+    (step,) = plan_steps(scored_samples(model, count=4), OPTIM, PackingConfig(train_tokens=40))
+    told = []
+    accumulate(step, torch.device("cpu"), make_engine(model).policy, lambda loss, is_last: told.append(is_last))
+    assert len(told) > 1 and told == [False] * (len(told) - 1) + [True]
+
+
+def test_a_rank_without_samples_counts_no_action(model):
+    engine = make_engine(model)
+    packing = PackingConfig(train_tokens=64)
+    (step,) = plan_steps(scored_samples(model, count=1), OPTIM, packing, num_ranks=2, rank=1)
+    assert [batch.pack.is_dummy for batch in step.micro_batches] == [True]
+    metrics = engine.train_step(step)
+    assert [metrics.loss, metrics.grad_norm, metrics.mean_log_ratio, metrics.kl_to_plain] == [0.0] * 4
+
+
+def test_dropout_is_on_in_a_step_and_off_in_log_probs(model):
+    engine = make_engine(model)
+    step = plan_steps(scored_samples(model), OPTIM, PackingConfig(train_tokens=64))[0]
+    engine.train_step(step)
+    assert engine.policy.training
+    engine.logprobs(step.micro_batches[0].pack)
+    assert not engine.policy.training
+    engine.train_step(step)
+    assert engine.policy.training
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -215,6 +288,8 @@ def test_learning_rate_warms_up_and_decays():
     assert constant == [0.25, 0.5, 0.75, 1.0, 1.0]
     linear = [learning_rate_factor(u, 4, OptimConfig(schedule="linear")) for u in range(5)]
     assert linear == [1.0, 0.75, 0.5, 0.25, 0.0]
+    warmed = [learning_rate_factor(u, 5, OptimConfig(schedule="linear", warmup_steps=1)) for u in range(7)]
+    assert warmed == [0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     cosine = [learning_rate_factor(u, 2, OptimConfig(schedule="cosine")) for u in range(3)]
     assert cosine == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
 

@@ -51,6 +51,19 @@ def test_rows_are_flat_objects_in_order_and_on_the_disk_when_the_call_returns(tm
     assert [row["epoch"] for row in read_metrics(tmp_path, "epoch")] == [0]
 
 
+def test_a_row_is_whole_and_synced_however_little_a_write_takes(tmp_path, monkeypatch):
+    synced, write, sync = [], os.write, os.fsync
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(metrics_path(tmp_path).read_text()), sync(descriptor))
+    )
+    log = MetricsLog(tmp_path, PLAIN)
+    log.step({"epoch": 1, "step": 1, "loss": 0.5})
+    log.close()
+    assert synced == ['{"kind": "step", "epoch": 1, "step": 1, "loss": 0.5}\n']
+    assert metrics_path(tmp_path).read_text() == synced[0]
+
+
 def test_numbers_that_are_not_finite_are_null_and_every_row_is_strict_json(tmp_path):
     log = MetricsLog(tmp_path, PLAIN)
     log.step({"epoch": 1, "step": 1, "a": math.nan, "b": -math.inf, "c": torch.tensor(math.inf), "d": 1e308})

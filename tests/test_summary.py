@@ -10,7 +10,7 @@ from inverseq.config import OptimConfig, PackingConfig
 from inverseq.packing import view_lengths
 from inverseq.records import ScoredSamples, StepMetrics
 from inverseq.steps import plan_steps
-from inverseq.summary import epoch_row, response_metrics, step_row
+from inverseq.summary import epoch_row, held_out_row, response_metrics, step_row
 from tests.tiny_samples import make_samples
 
 METRICS = StepMetrics(
@@ -55,12 +55,32 @@ def test_the_packs_of_all_ranks_are_counted_whichever_rank_writes_the_row(scored
 
 def test_epoch_means_are_weighted_by_action_tokens(scored):
     steps = steps_of(scored)
-    other = replace(METRICS, loss=3.0, rms_log_ratio=2.0, peak_memory_bytes=9)
-    row = epoch_row(1, 2, list(zip(steps, [METRICS, other], strict=True)), 40)
+    first_metrics = replace(METRICS, kl_to_plain=0.0, kl_to_initial=1.0)
+    other = replace(
+        METRICS,
+        loss=3.0,
+        rms_log_ratio=2.0,
+        peak_memory_bytes=9,
+        learning_rate=7e-6,
+        kl_to_plain=0.0,
+        kl_to_initial=2.0,
+    )
+    row = epoch_row(1, 2, list(zip(steps, [first_metrics, other], strict=True)), 40)
     first, second = (step.num_actions for step in steps)
     assert row["loss"] == pytest.approx((first + 3 * second) / (first + second))
     assert row["rms_log_ratio"] == pytest.approx(((first + 4 * second) / (first + second)) ** 0.5)
+    assert row["kl_to_initial"] == pytest.approx((first + 2 * second) / (first + second))
     assert row["peak_memory_bytes"] == 9
+    assert row["learning_rate"] == 7e-6, "that of the last step"
+
+
+def test_the_held_out_row_says_how_far_the_policy_is_from_each_reference(scored):
+    policy = scored.plain_logprobs + 0.5
+    row = held_out_row(replace(scored, initial_logprobs=scored.plain_logprobs - 1.0), policy)
+    assert row["held_out/mean_squared_log_ratio"] == pytest.approx(0.25**2)
+    assert row["held_out/mean_log_ratio_to_plain"] == pytest.approx(0.5)
+    assert row["held_out/mean_log_ratio_to_initial"] == pytest.approx(1.5)
+    assert "held_out/mean_log_ratio_to_initial" not in held_out_row(scored, policy)
 
 
 def test_response_metrics_count_what_ended(scored):
