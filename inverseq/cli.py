@@ -1,8 +1,8 @@
 """The command ``inverseq-train``: read the configuration, then train, start processes that do, or only plan.
 
 Bad input ends with one line on stderr and exit status 2, a run that stopped with 1 and its last checkpoint intact, an
-interrupt with 130 and the command that continues the run. ``INVERSEQ_DEBUG=1`` shows the traceback too. As one of
-several processes the program logs on rank 0 only, and its error line begins with the rank.
+interrupt with 130 and SIGTERM with 143, both with the command that continues the run. ``INVERSEQ_DEBUG=1`` shows the
+traceback too. As one of several processes the program logs on rank 0 only, and its error line begins with the rank.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from . import __version__
 from .config import Config, iter_options
@@ -39,6 +42,7 @@ __all__ = ["main"]
 
 PROGRAM = "inverseq-train"
 HELP_WIDTH = 100
+AGAIN_S = 0.05
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -48,6 +52,10 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments"):
             message += "; options of the configuration are words without dashes, section.key=value"
         sys.exit(fail(2, f"error: {message} (see {PROGRAM} --help)"))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, as schedulers send it before they kill; ends a run as an interrupt does."""
 
 
 class StderrHandler(logging.Handler):
@@ -67,14 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_log_lines()
     config = None
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        check_launch_options(arguments)
-        if (arguments.nproc or arguments.hostfile) and not arguments.dry_run:
-            return launch(config, arguments, words)
-        work(config, arguments)
-        return 0
-    except KeyboardInterrupt:
-        return fail(130, describe_interrupt(config, words))
+        with stopping_cleanly():
+            config = load_config(arguments.config, arguments.overrides)
+            check_launch_options(arguments)
+            if (arguments.nproc or arguments.hostfile) and not arguments.dry_run:
+                return launch(config, arguments, words)
+            work(config, arguments)
+            return 0
+    except KeyboardInterrupt as error:
+        signal_number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        return fail(128 + signal_number, describe_interrupt(config, words))
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("INVERSEQ_DEBUG") == "1" and launched_rank() is None:
             raise
@@ -83,6 +93,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launched_rank() is None:
             raise
         return fail(1, f"error: {type(error).__name__}: {error}", show_traceback=True)
+
+
+@contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """Let SIGTERM raise ``Terminated`` in the block, once, and an interrupt or SIGTERM always reach its code.
+
+    Python drops what a signal raises while a destructor runs, and transformers' engine collects garbage in one after
+    each sampling phase (symptom: the run goes on); such a signal is sent again. One of several processes keeps the
+    default of SIGTERM, which ends it at once: its launcher sends it when another rank has failed, and in a collective
+    operation that waits for that rank nothing would ever be raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # timeout(1) sends two, and the second would cut short what ends the run
+        raise Terminated
+
+    def send_again(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            hook_before(dropped)
+            return
+        number = signal.SIGINT
+        if isinstance(dropped.exc_value, Terminated):
+            number = signal.SIGTERM
+            signal.signal(number, terminate)
+        threading.Timer(AGAIN_S, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, send_again
+    handler_before = None if launched_rank() is not None else signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook_before
+        if handler_before is not None:
+            signal.signal(signal.SIGTERM, handler_before)
 
 
 def check_launch_options(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from inverseq import __version__
-from inverseq.cli import main
+from inverseq.cli import Terminated, main, stopping_cleanly
 from inverseq.config import iter_options
 from inverseq.config_loading import load_config, recipe_names
 from inverseq.run_directory import write_run_config
@@ -137,7 +137,8 @@ def environment():
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 
 
-def test_an_interrupt_ends_with_status_130_and_the_command_that_continues_the_run(tmp_path, model_path):
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupt_ends_with_its_status_and_the_command_that_continues_the_run(tmp_path, model_path, signals):
     run_dir = tmp_path / "a run"
     words = ["--config", "demo", f"model.path={model_path}", f"run_dir={run_dir}", "epochs=100000"]
     words += ["model.device=cpu", "prompts.held_out=2", "sampling.samples_per_epoch=2", "sampling.max_new_tokens=4"]
@@ -147,12 +148,35 @@ def test_an_interrupt_ends_with_status_130_and_the_command_that_continues_the_ru
     while not (run_dir / "checkpoints" / "epoch_0001").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for number in signals:  # schedulers may send one to a process and to its group
+        process.send_signal(number)
     errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + signals[0], errors
     assert "Traceback" not in errors
     continued = errors.splitlines()[-1].partition("interrupted; continue with: inverseq-train ")[2]
     assert shlex.split(continued) == [*words, "--resume"]
+
+
+class Destroyed:
+    """An object that sends this process a signal and is still busy when the handler runs."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_within_a_destructor_is_not_lost(number):
+    handlers = signal.getsignal(number), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt) as caught, stopping_cleanly():
+        destroyed = Destroyed(number)
+        del destroyed
+        time.sleep(30)
+    assert (type(caught.value) is Terminated) == (number == signal.SIGTERM)
+    assert (signal.getsignal(number), sys.unraisablehook) == handlers
 
 
 def test_a_run_that_fails_on_the_way_is_status_1_in_one_line(capsys, tmp_path, model_path):
