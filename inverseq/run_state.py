@@ -34,7 +34,7 @@ from .policy import Policy
 from .progress import Progress
 from .records import ScoredSamples
 from .resolve import Resolved
-from .sample_files import held_out_path, read_samples
+from .sample_files import held_out_path, read_samples, remove_evaluations_behind
 from .sampling import Sampler, make_sampler
 from .sampling_ahead import SamplesAhead
 from .sampling_transformers import stop_token_ids
@@ -318,7 +318,10 @@ def save(state: State, row: dict[str, Any]) -> None:
 
 
 def restore(state: State, checkpoint: Path) -> None:
-    """Put the run back to where the checkpoint was written, by whichever engine and number of ranks."""
+    """Put the run back to where the checkpoint was written, by whichever engine and number of ranks.
+
+    What it logged and answered behind that epoch goes; the samples of later epochs are written over when it gets there.
+    """
     engine = state.engine
     if isinstance(engine, TorchEngine) and not is_sharded(checkpoint):
         engine_state, progress = load_checkpoint(checkpoint, model=state.policy.model)
@@ -331,6 +334,7 @@ def restore(state: State, checkpoint: Path) -> None:
     state.epoch = state.running_epoch = progress["epoch"]
     if state.log is not None:
         state.log.truncate_after(state.epoch)
+        remove_evaluations_behind(state.run_dir, state.epoch)
     if state.resolved.prompts.held_out:
         state.held_out = read_samples(held_out_path(state.run_dir), state.resolved.prompts.held_out)
     restore_refreshed(state)

@@ -28,6 +28,7 @@ __all__ = [
     "held_out_path",
     "read_evaluation",
     "read_samples",
+    "remove_evaluations_behind",
     "samples_path",
     "write_evaluation",
     "write_samples",
@@ -114,6 +115,14 @@ def read_evaluation(path: Path | str) -> list[dict[str, Any]]:
             row.field(key, str)
         rows.append(content)
     return rows
+
+
+def remove_evaluations_behind(run_dir: Path | str, epoch: int) -> None:
+    """Remove the answers of later epochs, from which a run was taken back: it will reach them with other weights."""
+    for path in eval_path(run_dir, epoch).parent.glob("epoch_*.jsonl"):
+        number = path.stem.removeprefix("epoch_")
+        if number.isdecimal() and int(number) > epoch:
+            path.unlink()
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, response: Response) -> str:

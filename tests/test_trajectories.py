@@ -378,5 +378,6 @@ def test_a_corrupt_checkpoint_is_refused_and_the_older_one_that_is_offered_conti
     assert f"move {newest} away" in str(raised.value)
     assert files() == before
     newest.rename(root / "corrupt" / "moved")
+    (run_dir / "eval" / "epoch_0002.jsonl").write_text("answers of weights that are gone")
     trainer.train(config, resume=True)
     assert_same_run(run_dir, whole)
