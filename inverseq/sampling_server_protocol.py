@@ -28,6 +28,25 @@ __all__ = ["Answer", "BadAnswer", "CompletionsProtocol", "NoAnswer", "UnfitServe
 logger = logging.getLogger(__name__)
 
 COUNTS_STOP_TOKEN = ("vllm", "sglang", "transformers")  # usage.completion_tokens includes it
+# What leaves the distribution alone. transformers fills every field that is absent from the served model's
+# generation_config.json, also beside a GenerationConfig of the request; no value of these does nothing by itself:
+# bad_words_ids, sequence_bias, forced tokens, exponential_decay_length_penalty, top_h, watermarking_config.
+UNTEMPERED = {
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+}
 REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8 decode to
 
 
@@ -108,12 +127,12 @@ class CompletionsProtocol:
         """The dialect's fields beyond OpenAI's.
 
         vLLM and SGLang fill absent ones from the served model's generation_config.json; −1 is their top_k without a
-        limit. transformers takes everything from a GenerationConfig in JSON, and would decode greedily without it.
+        limit. transformers takes a GenerationConfig in JSON, would decode greedily without it, and fills it likewise.
         """
         if self.config.dialect == "openai":
             return {}
         if self.config.dialect == "transformers":
-            sampling = {} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+            sampling = UNTEMPERED | ({} if greedy else {"temperature": 1.0, "top_p": 1.0, "top_k": 0})
             sampling |= {"do_sample": not greedy, "eos_token_id": [*self.stop_ids]}
             return {"generation_config": json.dumps(sampling | {"pad_token_id": self.pad_id()})}
         return {

@@ -5,7 +5,6 @@ import logging
 import sys
 import threading
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -201,45 +200,6 @@ def test_no_more_requests_are_in_flight_than_allowed(tmp_path, proxy):
     proxy.delay_s = 0.05
     sample_responses(trainer.sampler, make_prompts(12), seed=0)
     assert proxy.most_in_flight == 3
-
-
-@torch.no_grad()
-def response_probabilities(model, ids):
-    """Exact probability of every response of at most two tokens."""
-    model.set_attn_implementation("eager")
-    logits = model(torch.tensor([[*ids, word] for word in range(NUM_WORDS)])).logits.double()
-    first, second = logits[0, -2].softmax(-1).tolist(), logits[:, -1].softmax(-1).tolist()
-    pairs = {(i, j): first[i] * second[i][j] for i in range(NUM_WORDS) if i != EOS for j in range(NUM_WORDS)}
-    return pairs | {(EOS,): first[EOS]}
-
-
-def p_value(responses, probabilities):
-    """Pearson's test; cells that expect fewer than 5 are one cell."""
-    counts, cells, rest = Counter(map(tuple, responses)), [], np.zeros(2)
-    for outcome, probability in probabilities.items():
-        cell = np.array([counts[outcome], len(responses) * probability])
-        if cell[1] < 5:
-            rest += cell
-        else:
-            cells.append(cell)
-    observed, expected = np.array([*cells, rest]).T
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor(len(cells) / 2), torch.tensor(float(statistic) / 2)).item()
-
-
-def test_sampled_tokens_follow_the_trainers_distribution(tmp_path, caplog):
-    """Against the real server; its model's generation_config asks for a temperature and a repetition penalty."""
-    trainer = Trainer(tmp_path, shared_server().root, max_new_tokens=2, concurrency=8)
-    trainer.sync(0)
-    prompts = make_prompts(700, ids=word_ids(3, 7, 4))
-    with caplog.at_level(logging.WARNING):
-        responses = [s.response.token_ids.tolist() for s in sample_responses(trainer.sampler, prompts, seed=1)]
-    assert "asked for again" not in caplog.text  # nothing was drawn again: the distribution is not conditioned
-    probabilities = response_probabilities(trainer.model, word_ids(3, 7, 4))
-    assert p_value(responses, probabilities) > 0.01
-    tempered = {outcome: probability**1.5 for outcome, probability in probabilities.items()}
-    scale = sum(tempered.values())
-    assert p_value(responses, {outcome: value / scale for outcome, value in tempered.items()}) < 1e-4
 
 
 def test_a_sync_makes_the_server_answer_with_the_trainers_weights(tmp_path, proxy):
