@@ -223,7 +223,8 @@ class Batch:
 def pause_s(attempt: int, error: Exception) -> float:
     """Seconds until a request is sent again: what the server asks for, else doubling, a little apart from others."""
     try:
-        return min(float(getattr(error, "retry_after", None) or ""), LONGEST_PAUSE_S)
+        asked_for = float(getattr(error, "retry_after", None) or "")
+        return min(max(0.0, asked_for), LONGEST_PAUSE_S)  # in this order "nan" is 0
     except ValueError:
         return min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.Random().uniform(0.5, 1.0)
 

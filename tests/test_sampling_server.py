@@ -305,6 +305,8 @@ def test_pauses_double_and_follow_retry_after():
     assert all(0.25 * 2**n <= pause_s(n, error) <= 0.5 * 2**n for n in range(5))
     error.retry_after = "3"
     assert pause_s(0, error) == 3.0
+    error.retry_after = "nan"
+    assert pause_s(0, error) == 0.0
     error.retry_after = "Wed, 21 Oct 2026 07:28:00 GMT"
     assert pause_s(0, error) <= 0.5
 
