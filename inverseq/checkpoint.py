@@ -61,7 +61,7 @@ MODEL_FILE, ENGINE_FILE, RNG_FILE, STATE_FILE = "model.safetensors", "engine.pt"
 
 
 def checkpoint_epoch(path: Path | str) -> int:
-    """The epoch a checkpoint folder is named after."""
+    """The epoch a checkpoint folder is named after; ValueError for another name."""
     match = re.fullmatch(r"epoch_(\d{4,})", Path(path).name)
     if match is None:
         raise ValueError(f"{path}: not a checkpoint folder; expected a name like epoch_0001")

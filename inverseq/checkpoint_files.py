@@ -51,7 +51,7 @@ def named_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, Tensor]
 
 
 def write_tensors(folder: Path, path: Path, file_name: str, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file into ``folder``, which becomes ``path``."""
+    """Write a safetensors file into ``folder``, which becomes ``path``; OSError naming it there."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file_name)
     except SafetensorError as error:
@@ -59,7 +59,7 @@ def write_tensors(folder: Path, path: Path, file_name: str, tensors: dict[str, T
 
 
 def read_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Copy the file's tensors into the model's after checking that names, shapes and dtypes are the same."""
+    """Copy the file's tensors into the model's; ValueError before that unless names, shapes and dtypes are equal."""
     with safe_open(file, framework="pt", device="cpu") as saved:
         names = set(saved.keys())
         if names != set(tensors):

@@ -92,7 +92,7 @@ class PolicyConfig:
 class ContrastConfig:
     kind: str = option("principle", "principle (same weights, two views) or model (same view, two sets of weights)")
     alpha: float = option(1.4, "α of log π̂ ∝ α log π_w + (1 − α) log π_l; finite, any sign")
-    principle: str = option("default", "principle π_w reads: a shipped name, a text file's path, or empty for none")
+    principle: str = option("default", "principle π_w reads: a shipped name, a text file, or nothing (kind=model)")
     plain_system: str | None = option(
         "", "system text of the plain view; empty is an explicit empty system message, null keeps the template's own"
     )

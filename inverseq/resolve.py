@@ -189,7 +189,8 @@ def check_environment(config: Config) -> None:
 def resolve_model_path(key: str, name: str) -> str:
     """A model's folder, or the name itself when it can only be a hub id.
 
-    ``smollm2-135m-instruct`` stands for the folder that ``python -m inverseq.small_model`` writes.
+    ``smollm2-135m-instruct`` stands for the folder that ``python -m inverseq.small_model`` writes. Raises ValueError,
+    naming the option ``key``, for a folder without a model or with damaged weights and for a path that is not there.
     """
     if name == MODEL_NAME and not Path(name).exists():
         folder = small_model_path()
