@@ -83,7 +83,7 @@ class Client:
                 raise ServerLost(message) from error
             if status in PASSING or status >= 500:
                 retry_after = error.response.headers.get("retry-after")
-                raise Overloaded(message, retry_after, is_suspect=status == 503) from error
+                raise Overloaded(message, retry_after, is_suspect=status >= 500) from error
             hint = (
                 "; does it take token ids? sampling.server.prompts=text" if isinstance(request["prompt"], list) else ""
             )
