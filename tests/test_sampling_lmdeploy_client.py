@@ -6,11 +6,19 @@ import pickle
 import pytest
 import torch
 
-from inverseq.sampling_lmdeploy_client import Answer, BadAnswer, Request, RequestRefused, check_answer, requests_of
+from inverseq.sampling_lmdeploy_client import (
+    Answer,
+    BadAnswer,
+    EngineLost,
+    Request,
+    RequestRefused,
+    check_answer,
+    requests_of,
+)
 from inverseq.sampling_lmdeploy_server import server_environment
 from inverseq.sampling_lmdeploy_weights import layers_of, serialized
-from tests.test_sampling import make_model
-from tests.test_sampling_lmdeploy import STOP, VOCAB, prompts
+from tests.test_sampling import make_model, responses_of
+from tests.test_sampling_lmdeploy import STOP, VOCAB, policy, prompts, recorded, sample
 
 REQUEST = Request(0, [5, 6], 3, (STOP,), 1)
 
@@ -52,6 +60,29 @@ def test_a_prompts_seed_does_not_depend_on_its_place():
     assert seeds == [reverse[i].seed for i in range(7)] and len(set(seeds)) == 7
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seeds != [request.seed for request in requests_of(prompts(), 5, 8, (STOP,))]
+
+
+@pytest.mark.parametrize(
+    ("first", "num_seeds"),
+    [
+        (Answer([7], "stop"), 2),
+        (Answer([7, VOCAB, STOP], "stop"), 2),
+        (Answer([7], "error"), 1),
+        (BadAnswer("status 500"), 1),
+        (EngineLost("no answer within 600 s"), 1),
+    ],
+    ids=str,
+)
+def test_only_a_response_that_was_seen_is_drawn_with_another_seed(tmp_path, monkeypatch, first, num_seeds):
+    """What failed or was late keeps its seed: with another, long responses would give way to short ones."""
+    sampler = recorded([], tmp_path, monkeypatch)
+    sampler.sync(policy(0), 0)
+    sampler.engine.first = first
+    assert responses_of(sample(sampler, 3)) == [[7, STOP]] * 3
+    seeds = {}
+    for request in sampler.engine.requests:
+        seeds.setdefault(request.index, []).append(request.seed)
+    assert all(len(pair) == 2 and len(set(pair)) == num_seeds for pair in seeds.values()) and len(seeds) == 3
 
 
 def test_layers_go_whole_and_a_tied_head_once():
