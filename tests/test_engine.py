@@ -200,7 +200,7 @@ def test_bfloat16_gradients_leave_one_by_one_and_their_sum_is_that_of_whole_micr
         assert torch.equal(master.grad, total), name
 
 
-SCHEDULED = replace(OPTIM, schedule="linear", warmup_steps=1)
+SCHEDULED = replace(OPTIM, schedule="linear")
 
 
 def assert_next_steps_are_equal(one, other, step):

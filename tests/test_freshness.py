@@ -1,9 +1,11 @@
 """Does the engine answer with the trainer's weights: each way of telling finds other weights, and only those."""
 
 import copy
+import functools
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,9 +66,15 @@ def freshness(max_gap=0.1):
     return Freshness(PROMPT, make_tokenizer(), stop_ids=(EOS, OTHER_EOS), num_valid_vocab=NUM_WORDS, max_gap=max_gap)
 
 
+@functools.cache
+def seed_of_a_longer_answer():
+    return next(seed for seed in range(50) if len(exact_greedy(make_model(seed=seed), 16)[0]) == 16)
+
+
 def longer_model():
     """A model whose greedy continuation of PROMPT runs to the limit."""
-    model = next(m for m in (make_model(seed=s) for s in range(50)) if len(exact_greedy(m, 16)[0]) == 16)
+    model = make_model(seed=seed_of_a_longer_answer())
+    model.set_attn_implementation(ATTENTION_NAME)
     with torch.no_grad():
         model.lm_head.weight[NUM_WORDS:] = 100 * model.lm_head.weight[:4]  # words that do not exist would win
     return model
@@ -95,7 +103,9 @@ def test_other_weights_are_found(way):
         model.lm_head.weight.neg_()
     with pytest.raises(StaleWeightsError, match="engine does not answer with the weights of step 5"):
         check.sync(engine, model, 5)
-    freshness(max_gap=0.0).sync(engine, model, 5)  # 0 never stops
+    lenient = freshness(max_gap=0.0)  # 0 never stops
+    lenient.sync(engine, model, 5)
+    assert lenient.row["weights_lag_steps"] == 5
 
 
 def test_the_gap_is_the_mean_difference_of_log_probs():
@@ -109,6 +119,34 @@ def test_the_gap_is_the_mean_difference_of_log_probs():
     other = ids.copy()
     other[0] = (ids[0] + 1) % NUM_WORDS if (ids[0] + 1) % NUM_WORDS not in (EOS, OTHER_EOS) else 2
     assert check.compare(model, ProbeAnswer(other, ""), 0)[0]["probe_greedy_gap"] > 1e-3
+
+
+@pytest.mark.parametrize(("move", "is_suspected"), [(2e-5, False), (1e-3, True)])
+def test_weights_that_hardly_moved_since_the_sync_before_are_not_told_apart(move, is_suspected):
+    model, check = longer_model(), freshness()
+    ids, logprobs = exact_greedy(model, 16)
+    check.previous = (0, ids.tobytes(), torch.from_numpy(logprobs - np.float32(move)))
+    _, doubt = check.compare(model, ProbeAnswer(ids, "", logprobs - np.float32(move)), 1)
+    assert (doubt is not None) == is_suspected
+
+
+def test_the_probe_waits_for_all_ranks_and_log_probs_that_are_no_numbers_are_stale():
+    model, events = longer_model(), []
+
+    class Broken(Engine):
+        def sync(self, model, weights_step):
+            events.append("sync")
+            super().sync(model, weights_step)
+
+        def probe(self, prompt, num_tokens):
+            events.append("probe")
+            answer = super().probe(prompt, num_tokens)
+            return ProbeAnswer(answer.token_ids, answer.text, np.full_like(answer.logprobs, np.nan))
+
+    ranks = SimpleNamespace(barrier=lambda: events.append("barrier"))
+    with pytest.raises(StaleWeightsError, match="they differ by nan nats"):
+        freshness().sync(Broken(), model, 0, ranks)
+    assert events == ["sync", "barrier", "probe"]
 
 
 def test_small_steps_are_told_apart_by_the_weights_before():
@@ -129,6 +167,15 @@ def test_an_engine_that_only_rounds_differently_is_not_suspected():
         with torch.no_grad():
             model.lm_head.weight[:NUM_WORDS] *= 1.002
     assert 1e-3 < check.row["probe_logprob_gap"] < 2e-2
+
+
+def test_greedy_tokens_are_those_of_a_head_with_a_bias():
+    model = make_model(seed=0)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.weight.shape[0]))
+    with torch.no_grad():
+        model.lm_head.bias[NUM_WORDS - 1] = 100.0
+    ids = greedy_tokens(model, PROMPT, 3, stop_ids=(EOS, OTHER_EOS), num_valid_vocab=NUM_WORDS)
+    assert ids.tolist() == [NUM_WORDS - 1] * 3
 
 
 def test_greedy_tokens_are_the_trainers_own():

@@ -205,6 +205,7 @@ def test_weights_that_are_kept_together_stay_the_same_and_fill_their_blocks(monk
     keep_together(weights, pin_memory=False)
     for weight, values in zip(weights, before, strict=True):
         assert torch.equal(weight.data, values) and weight.dtype == values.dtype and weight.is_contiguous()
+        assert (weight.data_ptr() - weight.untyped_storage().data_ptr()) % transfers.ALIGNMENT == 0 or not len(values)
     blocks = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
     assert sorted(blocks.values()) == [4096] * 3  # 140 + 200 + 1188, then 4000 + 4, then 2048
     weights[0].data.fill_(7.0)
