@@ -40,9 +40,7 @@ def test_target_on_three_words_is_the_hand_computed_one():
         for probabilities in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25])
     )
     token_ids = torch.tensor([0, 1, 2])
-    targets, reference = contrastive_logprob(
-        hidden, weight_w, hidden, weight_l, token_ids, 2.0, return_reference=True
-    )
+    targets, reference = contrastive_logprob(hidden, weight_w, hidden, weight_l, token_ids, 2.0, return_reference=True)
     torch.testing.assert_close(targets.exp(), torch.tensor([8 / 11, 1 / 11, 2 / 11], dtype=torch.float64))
     torch.testing.assert_close(reference.exp(), torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
     # alpha -1: pi_l^2 / pi_w = (1/8, 1, 1/4), sum 11/8.
@@ -121,9 +119,7 @@ def test_alpha_one_is_the_better_model_and_alpha_zero_the_plain_one_exactly():
 def test_identical_models_give_loss_zero(alpha):
     problem = oracle.make_problem(17, 12, 65, dtype=torch.float64)
     head = (problem.hidden, problem.weight)
-    targets = contrastive_logprob(
-        *head, *head, problem.token_ids, alpha, bias_w=problem.bias, bias_l=problem.bias
-    )
+    targets = contrastive_logprob(*head, *head, problem.token_ids, alpha, bias_w=problem.bias, bias_l=problem.bias)
     loss, _ = squared_log_ratio_loss(*head, problem.token_ids, targets, denominator=17, bias=problem.bias)
     assert loss.item() <= 1e-9
     for gradient in torch.autograd.grad(loss, head):
@@ -205,9 +201,7 @@ def test_contrast_and_sweep_match_float64(dtype, settings, workspace_bytes):
     token_ids = better.token_ids.clamp(max=28)
     log_w, log_l = (oracle.log_softmax(head.to(torch.float64), **settings) for head in (better, plain))
     heads = (better.hidden, better.weight, plain.hidden, plain.weight, token_ids)
-    keywords = dict(
-        bias_w=better.bias, bias_l=plain.bias, return_reference=True, workspace_bytes=workspace_bytes
-    )
+    keywords = dict(bias_w=better.bias, bias_l=plain.bias, return_reference=True, workspace_bytes=workspace_bytes)
     alphas = [1.4, -0.7, 1.0, 0.0, 2.5]
     sweep, reference = contrastive_logprob_sweep(*heads, alphas=alphas, **keywords, **settings)
     assert (reference - oracle.pick(log_l, token_ids)).abs().max().item() <= VALUE_ERROR[dtype]
@@ -301,3 +295,57 @@ def test_reference_formula_in_the_package_is_the_three_softmax_one():
     log_w, log_l = (oracle.log_softmax(head, softcap=4.0, temperature=1.2) for head in (better, plain))
     torch.testing.assert_close(targets, oracle.contrast(log_w, log_l, better.token_ids, 1.4))
     torch.testing.assert_close(reference, oracle.pick(log_l, better.token_ids))
+
+
+def _small_head(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(size, generator=generator) for size in ((6, 8), (11, 8), (11,)))
+    return hidden, weight, bias, torch.randint(0, 11, (6,), generator=generator)
+
+
+def test_one_weight_under_two_biases_is_two_heads():
+    hidden, weight, bias, token_ids = _small_head()
+    other = _small_head(1)[2]
+    targets, plain = contrastive_logprob(
+        hidden, weight, hidden, weight, token_ids, 1.4, bias_w=bias, bias_l=other, return_reference=True
+    )
+    z_w, z_l = (torch.nn.functional.linear(hidden, weight, b).double().log_softmax(1) for b in (bias, other))
+    expected = (1.4 * z_w - 0.4 * z_l).log_softmax(1)
+    for actual, rows in ((targets, expected), (plain, z_l)):
+        torch.testing.assert_close(actual.double(), rows.gather(1, token_ids[:, None])[:, 0], rtol=0, atol=1e-5)
+
+
+def test_the_entropy_alone_may_be_differentiated():
+    hidden, weight, bias, token_ids = _small_head()
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    _, entropy = linear_logprob(hidden, weight, token_ids, bias=bias, return_entropy=True)
+    rows = torch.nn.functional.linear(hidden, weight, bias).log_softmax(1)
+    actual = torch.autograd.grad(entropy.sum(), inputs)
+    expected = torch.autograd.grad(-(rows.exp() * rows).sum(), inputs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_loss_that_makes_gradients_leaves_removed_words_out_as_linear_logprob_does(softcap):
+    hidden, weight, bias, token_ids = _small_head()
+    removed = int(token_ids[0])
+    bias[removed] = -math.inf
+    counted = token_ids != removed
+    denominator = torch.tensor(2.0, requires_grad=True)
+    loss, logprobs = squared_log_ratio_loss(
+        hidden.requires_grad_(),
+        weight,
+        token_ids,
+        torch.zeros(6),
+        denominator=denominator,
+        loss_mask=counted,
+        bias=bias,
+        softcap=softcap,
+    )
+    assert torch.isneginf(logprobs[0])
+    expected = linear_logprob(hidden, weight, token_ids, bias=bias, softcap=softcap)
+    torch.testing.assert_close(logprobs, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected[counted].square().sum() / 2.0, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert denominator.grad is None
