@@ -40,7 +40,9 @@ def test_target_on_three_words_is_the_hand_computed_one():
         for probabilities in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25])
     )
     token_ids = torch.tensor([0, 1, 2])
-    targets, reference = contrastive_logprob(hidden, weight_w, hidden, weight_l, token_ids, 2.0, return_reference=True)
+    targets, reference = contrastive_logprob(
+        hidden, weight_w, hidden, weight_l, token_ids, 2.0, return_reference=True
+    )
     torch.testing.assert_close(targets.exp(), torch.tensor([8 / 11, 1 / 11, 2 / 11], dtype=torch.float64))
     torch.testing.assert_close(reference.exp(), torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64))
     # alpha -1: pi_l^2 / pi_w = (1/8, 1, 1/4), sum 11/8.
@@ -119,7 +121,9 @@ def test_alpha_one_is_the_better_model_and_alpha_zero_the_plain_one_exactly():
 def test_identical_models_give_loss_zero(alpha):
     problem = oracle.make_problem(17, 12, 65, dtype=torch.float64)
     head = (problem.hidden, problem.weight)
-    targets = contrastive_logprob(*head, *head, problem.token_ids, alpha, bias_w=problem.bias, bias_l=problem.bias)
+    targets = contrastive_logprob(
+        *head, *head, problem.token_ids, alpha, bias_w=problem.bias, bias_l=problem.bias
+    )
     loss, _ = squared_log_ratio_loss(*head, problem.token_ids, targets, denominator=17, bias=problem.bias)
     assert loss.item() <= 1e-9
     for gradient in torch.autograd.grad(loss, head):
@@ -201,7 +205,9 @@ def test_contrast_and_sweep_match_float64(dtype, settings, workspace_bytes):
     token_ids = better.token_ids.clamp(max=28)
     log_w, log_l = (oracle.log_softmax(head.to(torch.float64), **settings) for head in (better, plain))
     heads = (better.hidden, better.weight, plain.hidden, plain.weight, token_ids)
-    keywords = dict(bias_w=better.bias, bias_l=plain.bias, return_reference=True, workspace_bytes=workspace_bytes)
+    keywords = dict(
+        bias_w=better.bias, bias_l=plain.bias, return_reference=True, workspace_bytes=workspace_bytes
+    )
     alphas = [1.4, -0.7, 1.0, 0.0, 2.5]
     sweep, reference = contrastive_logprob_sweep(*heads, alphas=alphas, **keywords, **settings)
     assert (reference - oracle.pick(log_l, token_ids)).abs().max().item() <= VALUE_ERROR[dtype]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from inverseq_kernels import IGNORE_INDEX, contrastive_logprob, linear_logprob
+from inverseq_kernels.vocab_parallel import local_valid_vocab
 
 from tests import kernels_oracle as oracle
 
@@ -245,6 +246,10 @@ def test_two_ranks_give_the_whole_heads_values_and_gradients(tmp_path):
         process.join(timeout=120)
     messages = [] if failures.empty() else [failures.get()]
     assert [process.exitcode for process in processes] == [0, 0], messages
+
+
+def test_a_shard_of_padding_alone_has_no_valid_words():
+    assert [local_valid_vocab(5, start, 4) for start in (0, 4, 8)] == [4, 1, 0]
 
 
 def test_vocab_arguments_raise_value_errors_that_name_them():
