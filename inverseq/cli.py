@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             work(config, arguments)
             return 0
     except KeyboardInterrupt as error:
-        signal_number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        return fail(128 + signal_number, describe_interrupt(config, words))
+        return fail(status_of(error), describe_interrupt(config, words))
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("INVERSEQ_DEBUG") == "1" and launched_rank() is None:
             raise
@@ -93,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launched_rank() is None:
             raise
         return fail(1, f"error: {type(error).__name__}: {error}", show_traceback=True)
+
+
+def status_of(error: KeyboardInterrupt) -> int:
+    """The exit status of a program that a signal ended."""
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 import csv
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 
+from inverseq.evaluation import elo
 from inverseq.evaluation.bradley_terry import ELO_SCALE, fit_bradley_terry, rate
 from inverseq.evaluation.cli import main
 from inverseq.evaluation.elo import online_elo
@@ -228,3 +231,21 @@ def test_the_command_writes_both_ratings_and_the_curve_with_its_data(tmp_path, c
     unread.write_text(json.dumps(row) + "\n" + first.read_text())
     assert main(["elo", str(unread), "--out", str(tmp_path / "out"), "--json"]) == 0  # nobody chose an anchor
     assert json.loads(capsys.readouterr().out)["anchor"] == matches[0].a
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_in_one_line(number, status, monkeypatch, capsys):
+    """The signal comes within a destructor, where Python drops what a handler raises."""
+
+    class Destroyed:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    def run(args):
+        Destroyed()
+        signal.pause()
+
+    monkeypatch.setattr(elo, "run", run)
+    assert main(["elo", "verdicts.jsonl"]) == status
+    err = capsys.readouterr().err
+    assert err == "inverseq-eval: interrupted; what was done is kept, the same command goes on from there\n"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..cli import show_log_lines
+from ..cli import show_log_lines, status_of, stopping_cleanly
 from .command import Outcome
 
 __all__ = ["main"]
@@ -38,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     show_log_lines()
     try:
-        outcome = arguments.run(arguments)
-    except KeyboardInterrupt:
-        return fail(130, "interrupted; what was done is kept, the same command goes on from there")
+        with stopping_cleanly():
+            outcome = arguments.run(arguments)
+    except KeyboardInterrupt as error:
+        return fail(status_of(error), "interrupted; what was done is kept, the same command goes on from there")
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("INVERSEQ_DEBUG") == "1":
             raise
