@@ -107,13 +107,16 @@ def stopping_cleanly() -> Iterator[None]:
     each sampling phase (symptom: the run goes on); such a signal is sent again. One of several processes keeps the
     default of SIGTERM, which ends it at once: its launcher sends it when another rank has failed, and in a collective
     operation that waits for that rank nothing would ever be raised.
+
+    Further SIGTERMs are ignored, after the block too: the program is at its end, and one that comes while it leaves
+    would replace the exit status (timeout(1) sends two, one to the process and one to its group).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def terminate(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # timeout(1) sends two, and the second would cut short what ends the run
+        signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
     def send_again(dropped: sys.UnraisableHookArgs) -> None:
@@ -132,7 +135,7 @@ def stopping_cleanly() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook_before
-        if handler_before is not None:
+        if handler_before is not None and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
             signal.signal(signal.SIGTERM, handler_before)
 
 

@@ -148,6 +148,7 @@ def run_processes(
             if attempt < max_restarts:
                 say(f"restart {attempt + 1} of {max_restarts}")
     except SignalException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent's handler stays, and timeout(1) sends two
         status = 128 + error.sigval
     return status
 

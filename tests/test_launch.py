@@ -151,6 +151,8 @@ def test_processes_are_started_again_after_a_failure_as_often_as_allowed(process
 def test_neither_bad_input_nor_an_interrupt_is_tried_again(processes):
     assert processes(["1:status2"]) == (2, [False], [])
     assert processes(["0:interrupt"]) == (130, [False], [])
+    assert processes(["0:terminate"]) == (143, [False], [])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # one more would replace the exit status
 
 
 def test_what_every_process_finds_is_said_by_rank_0_alone(processes, monkeypatch, capfd):
