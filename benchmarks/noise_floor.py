@@ -28,7 +28,7 @@ from inverseq.config_loading import load_config
 from inverseq.model import FrozenPair, load_model
 from inverseq.packing import pack_views, view_lengths
 from inverseq.policy import Policy
-from inverseq.prompts import load_prompts
+from inverseq.prompt_files import load_prompts
 from inverseq.records import Sample, ScoredSamples
 from inverseq.resolve import ResolvedModels, resolve_models
 from inverseq.sampling import make_sampler, sample_responses

@@ -45,7 +45,8 @@ from inverseq.chat import ChatRenderer, load_principle
 from inverseq.config import LmdeployConfig, ModelConfig, SamplingConfig, ServerConfig
 from inverseq.freshness import Freshness
 from inverseq.model import load_model
-from inverseq.prompts import load_prompts, repeat_prompts
+from inverseq.prompt_files import load_prompts
+from inverseq.prompts import repeat_prompts
 from inverseq.records import Prompt, RenderedPrompt
 from inverseq.resolve import resolve_model_path
 from inverseq.sampling import make_sampler, sample_responses

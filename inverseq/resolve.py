@@ -34,7 +34,8 @@ from .fused_layers import check_fused_layers
 from .lora import check_lora
 from .model import resolve_device, resolve_dtype
 from .packing import write_pack
-from .prompts import PromptStream, ReadReport, load_prompts
+from .prompt_files import ReadReport, load_prompts
+from .prompts import PromptStream
 from .records import PackedViews, Prompt, RenderedPrompt, Response, Sample
 from .run_directory import check_run_directory
 from .sample_files import eval_path, read_evaluation

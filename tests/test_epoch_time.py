@@ -175,7 +175,7 @@ def test_the_table_is_the_data(tmp_path):
     from transformers import AutoTokenizer
 
     from inverseq.chat import ChatRenderer, load_principle
-    from inverseq.prompts import load_prompts
+    from inverseq.prompt_files import load_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(small_model_path())
     renderer = ChatRenderer(tokenizer, principle_text=load_principle("default"), plain_system="")

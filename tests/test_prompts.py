@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inverseq.chat import ChatRenderer, load_chat_template, load_principle
-from inverseq.prompts import PromptStream, load_prompts
+from inverseq.prompt_files import load_prompts
+from inverseq.prompts import PromptStream
 from inverseq.records import Prompt
 from tests.tiny import make_tiny_tokenizer
 

@@ -5,7 +5,7 @@ Test sets, told apart by their first row:
 - MT-bench: rows with ``question_id``, ``category`` and ``turns``; the second turn is asked behind the first answer;
 - XSTest: a .csv with the columns id, prompt and type (the category; unsafe ones begin with ``contrast_``);
 - responses of another model or epoch: their ids and conversations are kept, so that the answers pair up;
-- everything that training reads (``inverseq.prompts``): HH test splits, ``messages`` or ``prompt`` rows, ``hf:NAME``.
+- what training reads (``inverseq.prompt_files``): HH test splits, ``messages`` or ``prompt`` rows, ``hf:NAME``.
 
 Responses are rows {id, messages, response, model, finish_reason, category?} of one model a file.
 """
@@ -117,7 +117,7 @@ def read_questions(source: str) -> tuple[list[Question], str]:
     """
     rows = None if source == "bundled" or source.startswith("hf:") else _rows_of(Path(source).expanduser())
     if rows is None:
-        from ..prompts import load_prompts
+        from ..prompt_files import load_prompts
 
         prompts, report = load_prompts(source)
         return [Question(prompt) for prompt in prompts], str(report)
@@ -131,7 +131,7 @@ def read_questions(source: str) -> tuple[list[Question], str]:
 
 
 def _rows_of(path: Path) -> list[tuple[str, dict[str, Any]]] | None:
-    """(where, row) of a file in a format of this module; None when it is for ``inverseq.prompts`` to read."""
+    """(where, row) of a file in a format of this module; None when it is for ``inverseq.prompt_files`` to read."""
     if not path.is_file():
         return None
     if path.suffix == ".csv":
