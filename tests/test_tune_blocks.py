@@ -21,7 +21,8 @@ def run_python(*arguments):
 
 
 def test_smoke_run_times_the_candidates_of_every_operation(tmp_path):
-    result = run_python("benchmarks/tune_blocks.py", "--smoke", "--jobs", "1", "--out", str(tmp_path))
+    options = ["--smoke", "--jobs", "1", "--budget-s", "3600", "--out", str(tmp_path)]
+    result = run_python("benchmarks/tune_blocks.py", *options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = json.loads((tmp_path / "tune_blocks.json").read_text())
     assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
@@ -112,7 +113,7 @@ def planted(op, inputs):
         return outputs
     return run
 tune_blocks.make_call = planted
-sys.argv[1:] = ["--smoke", "--op", "logprob", "--jobs", "1", "--out", sys.argv[1]]
+sys.argv[1:] = ["--smoke", "--op", "logprob", *"--jobs 1 --budget-s 3600 --out".split(), sys.argv[1]]
 if __name__ == "__main__":
     sys.exit(tune_blocks.main())
 """
@@ -140,7 +141,7 @@ def planted(op, inputs):
     return run
 tune_blocks.make_call = planted
 tune_blocks.Clock.is_usable = lambda clock: not lost
-sys.argv[1:] = ["--smoke", "--op", "logprob", "--op", "target", "--jobs", "1", "--out", sys.argv[1]]
+sys.argv[1:] = ["--smoke", "--op", "logprob", "--op", "target", *"--jobs 1 --budget-s 3600 --out".split(), sys.argv[1]]
 if __name__ == "__main__":
     sys.exit(tune_blocks.main())
 """
