@@ -51,7 +51,7 @@ def test_a_killed_run_asks_nothing_twice(files, tmp_path):
 
     def slow_after_ten(text, number):
         if number >= 10:
-            release.wait(20)
+            release.wait(600)
         return by_length(text)
 
     words = ["judge", "--a", files[0], "--b", files[1], "--judge", "stand-in", "--yes", "--concurrency", "2"]
@@ -59,8 +59,8 @@ def test_a_killed_run_asks_nothing_twice(files, tmp_path):
     with JudgeServer(slow_after_ten) as server:
         command = [sys.executable, "-m", "inverseq.evaluation.cli", *words, "--base-url", server.url]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(server.asked) < 12 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while (len(server.asked) < 12 or len(server.answered) < 10) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -133,7 +133,7 @@ def test_a_server_that_stays_down_stops_the_run_and_keeps_what_there_is(files, m
         shown = capsys.readouterr()
         assert "18 of 24 questions have no answer (8 questions in a row stayed unanswered" in shown.err
         assert "the same command asks only those" in shown.err
-        assert len(server.asked) <= 6 + 2 * 10
+        assert len(server.asked) == 6 + 2 * 8
     assert len(read_verdicts([results(files) / "verdicts.jsonl"])) == 6
     assert summary_of(files)["num_counted"] == 3 and summary_of(files)["num_unanswered"] == 18
     with JudgeServer(by_length) as other:

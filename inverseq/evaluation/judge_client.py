@@ -166,6 +166,7 @@ class JudgeClient:
         self.stop = threading.Event()
         self.ended = ""  # why
         self.num_requests = 0
+        self.failures_in_a_row = 0
         self.not_before = 0.0  # a rate limit holds for every thread
 
     def ask(self, text: str) -> Reply:
@@ -216,6 +217,14 @@ class JudgeClient:
         with self.lock:
             self.ended = self.ended or reason
         self.stop.set()
+
+    def count(self, failure: Unanswered | None) -> None:
+        """Note how one question ended; ends all when too many in a row stayed unanswered."""
+        with self.lock:
+            self.failures_in_a_row = 0 if failure is None else self.failures_in_a_row + 1
+            number = self.failures_in_a_row
+        if number == MAX_FAILURES_IN_A_ROW:
+            self.end(f"{number} questions in a row stayed unanswered: {failure}")
 
     def back_off(self, attempt: int, error: Exception) -> None:
         """Let time pass before the next try: what the server asks for, else twice as long each time, with jitter."""
@@ -286,11 +295,15 @@ def ask_all(
     client = JudgeClient(settings)
 
     def ask(key: str) -> Reply:
-        try:
+        try:  # what ends all is known here, before this thread takes the next question
             reply = client.ask(questions[key])
         except Fatal as error:
-            client.end(str(error))  # here, before this thread takes the next question
+            client.end(str(error))
             raise
+        except Unanswered as error:
+            client.count(error)
+            raise
+        client.count(None)
         cache.put(key, settings, reply)
         return reply
 
@@ -303,6 +316,7 @@ def ask_all(
             raise
         finally:
             answers.num_requests = client.num_requests
+    answers.stopped = client.ended
     return answers
 
 
@@ -310,28 +324,19 @@ def collect(
     answers: Answers, running: Mapping[Future, str], advance: Callable[[int], None], stop: Callable[[], None]
 ) -> None:
     """Enter replies and failures as they come; calls ``stop`` once the judge will answer nothing more."""
-    failures_in_a_row = 0
     for future in as_completed(running):
         if future.cancelled():
             continue
         error = future.exception()
         if error is None:
             answers.replies[running[future]] = future.result()
-            failures_in_a_row = 0
             advance(1)
-            continue
-        if not isinstance(error, EvaluationError):
-            raise error
-        reason = str(error)
-        if isinstance(error, Unanswered):
-            answers.failures[running[future]] = reason
-            failures_in_a_row += 1
-            if failures_in_a_row < MAX_FAILURES_IN_A_ROW:
-                continue
-            reason = f"{failures_in_a_row} questions in a row stayed unanswered: {reason}"
-        if not answers.stopped:
-            answers.stopped = reason
+        elif isinstance(error, Unanswered):
+            answers.failures[running[future]] = str(error)
+        elif isinstance(error, Fatal):
             stop()
+        else:
+            raise error
 
 
 def give_up(client: JudgeClient, running: Mapping[Future, str]) -> None:
