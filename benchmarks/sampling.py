@@ -223,9 +223,10 @@ def measure_backend(bench: Bench, config: SamplingConfig, weights_dir: Path) -> 
 @contextmanager
 def transformers_serve():
     """The root URL of ``transformers serve`` on the loopback interface."""
-    from inverseq.sampling_lmdeploy_server import free_port
+    from inverseq.sampling_lmdeploy_server import held_port
 
-    port = free_port()
+    holder = held_port()
+    port = holder.getsockname()[1]
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--log-level", "error"], env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -240,6 +241,7 @@ def transformers_serve():
     finally:
         process.kill()
         process.wait()
+        holder.close()
 
 
 def backend_rows(bench: Bench, wanted: Callable[[str], bool], report: Callable[[str, dict], None]) -> None:

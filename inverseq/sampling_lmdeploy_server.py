@@ -89,15 +89,20 @@ class ApiServer:
     def start(self, model_dir: Path) -> None:
         """Serve the weights in ``model_dir``; RuntimeError with the end of the log when the server does not come up."""
         self.stop()
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = self.command(model_dir, port)
-        self.process = subprocess.Popen(
-            [sys.executable, str(GUARD), str(self.log_path), *command],
-            stdin=subprocess.PIPE,  # the guard ends the server when this closes, also when we are killed
-            env=server_environment(os.environ),
-        )
+        with held_port() as holder:  # until the server is there: other ranks look for ports at the same moment
+            port = holder.getsockname()[1]
+            self.url = f"http://127.0.0.1:{port}"
+            command = self.command(model_dir, port)
+            self.process = subprocess.Popen(
+                [sys.executable, str(GUARD), str(self.log_path), *command],
+                stdin=subprocess.PIPE,  # the guard ends the server when this closes, also when we are killed
+                env=server_environment(os.environ),
+            )
+            self.wait_until_healthy(command)
+        logger.info("LMDeploy serves %s at %s; its log is %s", model_dir, self.url, self.log_path)
+
+    def wait_until_healthy(self, command: Sequence[str]) -> None:
         deadline = time.monotonic() + self.config.start_s
         while not self.is_healthy():
             if not self.is_running:
@@ -109,7 +114,6 @@ class ApiServer:
                     f"seconds: {self.last_words()}"
                 )
             time.sleep(POLL_S)
-        logger.info("LMDeploy serves %s at %s; its log is %s", model_dir, self.url, self.log_path)
 
     def stop(self) -> None:
         """End the server and all its processes."""
@@ -205,10 +209,16 @@ class ApiServer:
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the loopback interface needs no proxy
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def held_port() -> socket.socket:
+    """A socket that is bound to a free port of the loopback interface and does not listen.
+
+    As long as it is open the system gives that port to nobody, and a connection to it is refused. A server that sets
+    SO_REUSEADDR, as asyncio's and Python's own do, can listen there all the same.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 def server_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,31 +12,27 @@ import time
 import urllib.error
 import urllib.request
 
-__all__ = ["Served", "free_port", "shared_server"]
+from inverseq.sampling_lmdeploy_server import held_port
 
-START_S = 120.0
+__all__ = ["Served", "nobodys_root", "shared_server"]
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+START_S = 600.0
 
 
 class Served:
     """One server process, which may be killed and started again on its port."""
 
     def __init__(self):
-        self.port = free_port()
+        self.holder = held_port()  # also between a kill and the next start
         self.process: subprocess.Popen | None = None
 
     @property
     def root(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return root_at(self.holder)
 
     def start(self) -> Served:
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error"]
+        command += ["--host", "127.0.0.1", "--port", str(self.holder.getsockname()[1]), "--log-level", "error"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
@@ -59,6 +55,20 @@ class Served:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+
+def root_at(holder: socket.socket) -> str:
+    return f"http://127.0.0.1:{holder.getsockname()[1]}"
+
+
+@functools.cache
+def nobodys_port() -> socket.socket:
+    return held_port()
+
+
+def nobodys_root() -> str:
+    """An address on loopback where nobody listens, as long as this process lives."""
+    return root_at(nobodys_port())
 
 
 @functools.cache

@@ -5,7 +5,6 @@ Its weights are set so that it ends every question with [[A]]: an opinion that i
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inverseq.evaluation.cli import main
 from inverseq.evaluation.pairwise import read_verdicts
+from inverseq.sampling_lmdeploy_server import held_port
 from tests.tiny import make_tiny_model
 
 START_S = 180
@@ -50,9 +50,8 @@ def server(tmp_path_factory):
     """(URL, name of the model) of ``transformers serve`` on loopback."""
     folder = tmp_path_factory.mktemp("judge")
     model = make_judge(folder / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    holder = held_port()
+    port = holder.getsockname()[1]
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
     command += ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -71,6 +70,7 @@ def server(tmp_path_factory):
     finally:
         process.terminate()
         process.wait()
+        holder.close()
 
 
 def test_two_models_are_answered_for_judged_rated_and_split_by_category(server, tmp_path, capsys):

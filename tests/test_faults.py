@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from inverseq.metrics import read_metrics
+from inverseq.sampling_lmdeploy_server import held_port
 from tests.tiny import make_tiny_model
 from tests.tiny_run import tiny_run_options
 
@@ -109,9 +109,8 @@ def torchrun_on(address: str, *, meeting: str, hosts_it: bool) -> list[str]:
 def whole(root) -> Launched:
     """The uninterrupted run, of two machines with a process each."""
     script, addresses = two_hosts_script()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = f"{addresses[0]}:{probe.getsockname()[1]}"
+    holder = held_port()
+    meeting = f"{addresses[0]}:{holder.getsockname()[1]}"
     options = ["--config", "demo", *tiny_options(root, "whole")]
     commands = [
         shlex.join([*torchrun_on(address, meeting=meeting, hosts_it=index == 0), *options])
@@ -120,7 +119,8 @@ def whole(root) -> Launched:
     program = ["unshare", "-rn", "sh", "-c", script] if script is TWO_HOSTS else ["sh", "-c", script]
     no_compiler = {"CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(root / "compiled")}
     variables = environment(A=commands[0], B=commands[1], **no_compiler)
-    done = subprocess.run(program, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(program, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1200)
+    holder.close()
     return Launched(done.returncode, done.stdout, done.stderr, root / "whole" / "run")
 
 

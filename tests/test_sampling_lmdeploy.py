@@ -19,7 +19,7 @@ from inverseq.config import LmdeployConfig, SamplingConfig
 from inverseq.sampling import make_sampler, sample_responses
 from inverseq.sampling_lmdeploy import LmdeployError, LmdeploySampler, check_lmdeploy
 from inverseq.sampling_lmdeploy_client import Answer
-from inverseq.sampling_lmdeploy_server import GUARD, ApiServer, free_port
+from inverseq.sampling_lmdeploy_server import GUARD, ApiServer, held_port
 from tests.test_sampling import make_model, make_prompt, make_tokenizer, responses_of
 
 STAND_IN = Path(__file__).with_name("lmdeploy_stand_in.py")
@@ -326,7 +326,8 @@ def test_the_server_and_what_it_started_end_when_the_run_is_killed(run, tmp_path
     sampler = run(synced=False)
     (tmp_path / "weights.txt").write_bytes(b"a")
     child = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"  # a server has workers
-    command = [sys.executable, "-c", child, *sampler.engine.command(tmp_path, free_port())]
+    holder = held_port()
+    command = [sys.executable, "-c", child, *sampler.engine.command(tmp_path, holder.getsockname()[1])]
     code = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE).wait()"
     guarded = [sys.executable, str(GUARD), str(tmp_path / "log"), *command]
     process = subprocess.Popen([sys.executable, "-c", code, *guarded])
@@ -337,6 +338,7 @@ def test_the_server_and_what_it_started_end_when_the_run_is_killed(run, tmp_path
     process.wait()
     [start] = sampler.engine.lines("starts")
     assert gone(start["pid"])
+    holder.close()
 
 
 def test_without_cuda_lmdeploy_is_refused_at_once_and_others_are_named(monkeypatch):

@@ -2,6 +2,8 @@
 
 import base64
 import pickle
+import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from inverseq.sampling_lmdeploy_client import (
     check_answer,
     requests_of,
 )
-from inverseq.sampling_lmdeploy_server import server_environment
+from inverseq.sampling_lmdeploy_server import held_port, server_environment
 from inverseq.sampling_lmdeploy_weights import layers_of, serialized
 from tests.test_sampling import make_model, responses_of
 from tests.test_sampling_lmdeploy import STOP, VOCAB, policy, prompts, recorded, sample
@@ -106,3 +108,14 @@ def test_a_server_inherits_nothing_of_the_launcher(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert server_environment(variables)["CUDA_VISIBLE_DEVICES"] == "6"
     assert server_environment({})["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_a_held_port_is_nobody_elses_and_a_server_can_listen_there():
+    with held_port() as holder:
+        address = holder.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with HTTPServer(address, BaseHTTPRequestHandler):
+            socket.create_connection(address).close()

@@ -36,7 +36,7 @@ from inverseq.sampling_lmdeploy_client import (  # noqa: E402
     check_answer,
 )
 from inverseq.sampling_lmdeploy_pipeline import LOST, REFUSED, InProcess, engine_arguments  # noqa: E402
-from inverseq.sampling_lmdeploy_server import ApiServer, free_port  # noqa: E402
+from inverseq.sampling_lmdeploy_server import ApiServer, held_port  # noqa: E402
 from inverseq.sampling_lmdeploy_weights import serialized  # noqa: E402
 from tests.tiny import make_tiny_model  # noqa: E402
 
@@ -155,7 +155,8 @@ def served(model_dir):
     patch.setattr(api_server.ServerContext, "__init__", lambda self: (init(self), made.append(self))[0])
     api_server.serve(str(model_dir), backend="turbomind", generation_config="lmdeploy", log_level="ERROR",
                      backend_config=lmdeploy.TurbomindEngineConfig(enable_metrics=False))  # fmt: skip
-    port = free_port()
+    holder = held_port()
+    port = holder.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(apps[0], host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -168,6 +169,7 @@ def served(model_dir):
     server.should_exit = True
     thread.join(20)
     patch.undo()
+    holder.close()
 
 
 @pytest.fixture(params=["pipeline", "server"])
@@ -381,6 +383,6 @@ def test_without_a_gpu_lmdeploy_ends_the_process_or_asserts(model_dir, monkeypat
 
 def test_a_lost_server_is_told_from_a_bad_answer():
     engine = ApiServer(sampling(), log_path=Path("log"))
-    engine.url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(EngineLost):
+    with held_port() as holder, pytest.raises(EngineLost):  # nobody listens there
+        engine.url = f"http://127.0.0.1:{holder.getsockname()[1]}"
         only_answer(engine, request(SHORT))

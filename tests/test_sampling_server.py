@@ -21,7 +21,7 @@ from inverseq.sampling_server_protocol import BadAnswer, CompletionsProtocol, Un
 from inverseq.sampling_server_weights import says_failure
 from tests.fault_proxy import Fault, FaultProxy
 from tests.server_sampler import Trainer, make_prompts
-from tests.serving import free_port, shared_server
+from tests.serving import nobodys_root, shared_server
 from tests.tiny_words import EOS, NUM_WORDS, make_word_model, make_word_tokenizer, word_ids
 
 OTHER_STOP = 1
@@ -252,7 +252,7 @@ def test_a_command_may_refresh_the_server(tmp_path, proxy):
         ({"refresh_command": "false", "refresh_url": ""}, "refresh_command='false': ended with status 1"),
         ({"refresh_command": "no-such-program x", "refresh_url": ""}, "cannot be run"),
         ({"refresh_command": "sleep 30", "refresh_url": "", "wait_s": 0.3}, "still running after"),
-        ({"refresh_url": f"http://127.0.0.1:{free_port()}/load"}, "refresh_url='http.*refused"),
+        ({"refresh_url": f"{nobodys_root()}/load"}, "refresh_url='http.*refused"),
     ],
 )
 def test_weights_that_cannot_be_refreshed_stop_the_run(tmp_path, options, message):
@@ -261,9 +261,9 @@ def test_weights_that_cannot_be_refreshed_stop_the_run(tmp_path, options, messag
 
 
 def test_a_server_that_is_not_there_or_does_not_know_the_model_is_named_before_models_load(tmp_path, monkeypatch):
-    port = free_port()
-    with pytest.raises(ValueError, match=rf"sampling.server.url='http://127.0.0.1:{port}/v1': cannot be reached"):
-        check_server(ServerConfig(url=f"http://127.0.0.1:{port}/v1", model="m"))
+    nowhere = f"{nobodys_root()}/v1"
+    with pytest.raises(ValueError, match=rf"sampling.server.url='{nowhere}': cannot be reached"):
+        check_server(ServerConfig(url=nowhere, model="m"))
     known = make_word_model(tmp_path / "known")
     url = f"{shared_server().root}/v1"
     check_server(ServerConfig(url=url, model=str(known), prompts="text"))

@@ -14,7 +14,7 @@ from inverseq.sampling import sample_responses
 from inverseq.sampling_server import ServerError
 from tests.fault_proxy import FAULTS, Fault, FaultProxy
 from tests.server_sampler import Trainer, make_prompts
-from tests.serving import Served, free_port, shared_server
+from tests.serving import Served, nobodys_root, shared_server
 from tests.tiny_words import EOS
 
 REPEATED = [name for name in FAULTS if name != "cut short"]
@@ -175,7 +175,7 @@ def test_a_server_that_stays_away_stops_the_run(tmp_path, caplog):
         proxy.delay_s = 0.3
         finished = trainer.sampler.generate(make_prompts(20), seed=0)
         next(finished)
-        proxy.target = f"http://127.0.0.1:{free_port()}"
+        proxy.target = nobodys_root()
         proxy.__exit__()  # nobody listens any more
         started = time.monotonic()
         with pytest.raises(

@@ -16,7 +16,7 @@ from inverseq.sample_files import read_samples
 from inverseq.sampling_server import ServerError
 from inverseq.trainer import train
 from tests.fault_proxy import Fault, FaultProxy
-from tests.serving import free_port, shared_server
+from tests.serving import nobodys_root, shared_server
 from tests.tiny_words import EOS, make_word_model, write_word_prompts
 
 
@@ -202,7 +202,7 @@ def test_weights_that_change_while_the_trainer_moves_on_are_found(inputs, tmp_pa
 
 
 def test_a_server_that_is_not_there_is_named_before_anything_is_written(inputs, tmp_path, proxy):
-    more = (f"sampling.server.url=http://127.0.0.1:{free_port()}/v1",)
+    more = (f"sampling.server.url={nobodys_root()}/v1",)
     with pytest.raises(ValueError, match="sampling.server.url=.*cannot be reached"):
         train(load_config("demo", overrides(inputs, tmp_path / "run", proxy, *more)))
     assert not (tmp_path / "run").exists()
