@@ -105,7 +105,11 @@ class Ranks:
         """
         is_ours = self.world_size > 1 or not dist.is_initialized()  # an engine may make a group of one process
         try:
-            yield
+            try:
+                yield
+            finally:
+                if self.watch is not None:
+                    self.watch.stop()  # an interrupt of its comes up to here: one behind it would be taken for Ctrl-C
         except BaseException as error:
             failure = self.watch.report(error) if self.watch is not None else None
             if is_ours and self.group is None:  # an NCCL group may wait here for operations that will never end
@@ -114,7 +118,7 @@ class Ranks:
                 raise failure from None
             raise
         if self.watch is not None:
-            self.watch.close()
+            self.watch.thread.join()
             self.barrier()  # rank 0 may hold the store that the watches of the others read
         if is_ours:
             leave_group()
@@ -209,13 +213,14 @@ class FailureWatch:
         prefix = f"inverseq/{num_restarts}"  # torchrun's store outlives an attempt
         self.store = dist.PrefixStore(prefix, dist.TCPStore(*address, is_master=False))
         self.over = threading.Event()
+        self.lock = threading.Lock()  # of the step from watching to over, or to an interrupt
         self.failure: RankFailed | None = None
         self.thread = threading.Thread(target=self._run, name="failure watch", daemon=True)
         self.thread.start()
 
     def report(self, error: BaseException) -> RankFailed | None:
         """Say that this rank fails, and return the failure of the rank that said so first, unless it is this one."""
-        self.over.set()
+        self.stop()
         if self.failure is not None:
             return self.failure
         if isinstance(error, KeyboardInterrupt):
@@ -226,27 +231,30 @@ class FailureWatch:
         except dist.DistError:  # the store's process ends only by failing while others still run
             return RankFailed(0, "its process has gone") if self.rank != 0 else None
 
-    def close(self) -> None:
-        """Stop watching."""
-        self.over.set()
-        self.thread.join()
+    def stop(self) -> None:
+        """Watch no more, and interrupt nothing once this has returned."""
+        with self.lock:
+            self.over.set()
 
     def _understood(self, reason: str) -> RankFailed | None:
         rank, _, words = reason.partition(" ")
         return None if int(rank) == self.rank else RankFailed(int(rank), words)
 
     def _run(self) -> None:
+        failure = None
         while not self.over.wait(POLL_S):
             try:
                 if not self.store.check([FAILURE_KEY]):
                     continue
-                self.failure = self._understood(self.store.get(FAILURE_KEY).decode())
+                failure = self._understood(self.store.get(FAILURE_KEY).decode())
             except dist.DistError:
-                self.failure = RankFailed(0, "its process or its launcher's has gone")
+                failure = RankFailed(0, "its process or its launcher's has gone")
             break
-        if self.failure is None or self.over.is_set():
-            return
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it from Python code only
+        with self.lock:
+            if failure is None or self.over.is_set():
+                return
+            self.failure = failure
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it from Python code only
         if not self.over.wait(GRACE_S):
             logger.error("%s", self.failure)
             os._exit(1)
