@@ -31,12 +31,13 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self):
         url = urlsplit(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fault = self.next_fault(url.path)
-        self.note(url, body, fault)
-        if fault == "die":
-            os._exit(9)
+        with self.lock:  # one that dies leaves whole files, and takes no other request's fault with it
+            fault = self.next_fault(url.path)
+            self.note(url, body, fault)
+            if fault == "die":
+                os._exit(9)
         if fault == "hang":
-            time.sleep(60)
+            time.sleep(600)
         if fault in ("500", "400", "503"):
             self.answer(int(fault), {"message": "planted", "code": int(fault)})
         elif url.path == "/sleep":
@@ -72,18 +73,17 @@ class StandIn(BaseHTTPRequestHandler):
 
     def next_fault(self, path: str) -> str | None:
         """The next planted fault of an endpoint, once for all starts of the server."""
-        with self.lock:
-            script = json.loads(self.script_path.read_text())
-            faults = script.get("faults", {}).get(path, [])
-            if not faults:
-                return None
-            fault = faults.pop(0)
-            self.script_path.write_text(json.dumps(script))
-            return fault
+        script = json.loads(self.script_path.read_text())
+        faults = script.get("faults", {}).get(path, [])
+        if not faults:
+            return None
+        fault = faults.pop(0)
+        self.script_path.write_text(json.dumps(script))
+        return fault
 
     def note(self, url, body: dict, fault: str | None) -> None:
         line = {"path": url.path, "query": url.query, "body": body, "fault": fault}
-        with self.lock, open(f"{self.script_path}.log", "a") as file:
+        with open(f"{self.script_path}.log", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def answer(self, status: int, value) -> None:

@@ -162,14 +162,15 @@ def served(model_dir):
     thread.start()
     engine = ApiServer(sampling(), log_path=model_dir / "log")
     engine.url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 30
-    while not engine.is_healthy() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not engine.is_healthy():
+        assert thread.is_alive() and time.monotonic() < deadline
         time.sleep(0.1)
     yield engine, made[0].async_engine.engine
     server.should_exit = True
     thread.join(20)
-    patch.undo()
     holder.close()
+    patch.undo()
 
 
 @pytest.fixture(params=["pipeline", "server"])
