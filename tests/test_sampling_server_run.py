@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inverseq import sampling_server_client
+from inverseq import sampling_server_client, trainer
 from inverseq.config_loading import load_config
 from inverseq.engine import TorchEngine
 from inverseq.freshness import StaleWeightsError
 from inverseq.sample_files import read_samples
+from inverseq.sampling_ahead import SamplesAhead
 from inverseq.sampling_server import ServerError
 from inverseq.trainer import train
 from tests.fault_proxy import Fault, FaultProxy
@@ -135,16 +136,29 @@ def test_a_server_with_old_weights_stops_the_run(inputs, tmp_path, proxy):
 
 def test_the_next_epoch_may_be_sampled_while_this_one_trains(inputs, tmp_path, proxy, monkeypatch):
     """Epoch 2 is drawn from the weights that epoch 1 was drawn from, and its requests arrive while epoch 1 trains."""
-    arrived = []
+    arrived, training = [], threading.Event()
     train_step = TorchEngine.train_step
 
-    def slow_step(self, step):
+    class Held(SamplesAhead):
+        """Gets its first answer when the first step begins: no machine is so slow that all of them come before."""
+
+        def __init__(self, *arguments, **keywords):
+            training.clear()
+            super().__init__(*arguments, **keywords)
+
+    def watched_step(self, step):
+        training.set()
         before = len(proxy.requests)
-        time.sleep(0.4)
+        deadline = time.monotonic() + (60.0 if len(arrived) in (0, 2) else 0.2)
+        while len(proxy.requests) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
         arrived.append(len(proxy.requests) - before)
         return train_step(self, step)
 
-    monkeypatch.setattr(TorchEngine, "train_step", slow_step)
+    training.set()
+    proxy.rewrite = lambda request: training.wait(60)
+    monkeypatch.setattr(trainer, "SamplesAhead", Held)
+    monkeypatch.setattr(TorchEngine, "train_step", watched_step)
     proxy.delay_s = 0.1
     more = ("sampling.ahead=true", "epochs=3", "sampling.server.concurrency=1")
     more += ("evaluation.every=1", "evaluation.num_prompts=1")
