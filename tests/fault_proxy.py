@@ -62,6 +62,11 @@ FAULTS: dict[str, Callable[[dict], None]] = {
 }
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # a full queue would make connections wait a second, and look late
+    daemon_threads = True
+
+
 class FaultProxy:
     """A context manager: the proxy runs inside the block, at ``root``."""
 
@@ -92,8 +97,7 @@ class FaultProxy:
             def log_message(self, *arguments):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.root = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> FaultProxy:

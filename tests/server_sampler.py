@@ -42,8 +42,8 @@ class Trainer:
             "dialect": "transformers",
             "prompts": "text",
             "refresh_url": f"{root}/reset",
-            "timeout_s": 20.0,
-            "wait_s": 60.0,
+            "timeout_s": 120.0,
+            "wait_s": 600.0,
             "concurrency": 4,
         }
         own = {name: options.pop(name) for name in list(options) if name in ServerConfig.__dataclass_fields__}

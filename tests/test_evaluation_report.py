@@ -111,7 +111,7 @@ def test_a_browser_renders_the_page_on_a_phone_and_on_paper(page, tmp_path):
     probe.write_text(html)
     browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
     browser.append(f"--user-data-dir={tmp_path / 'profile'}")
-    done = subprocess.run([*browser, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*browser, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=600)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]
     seen = json.loads(text_of(title))
     headings = [name for name, _ in seen["tops"]]
@@ -120,7 +120,7 @@ def test_a_browser_renders_the_page_on_a_phone_and_on_paper(page, tmp_path):
     assert [top for _, top in seen["tops"]] == sorted(top for _, top in seen["tops"])
     assert seen["wide"] <= seen["screen"]
     paper = tmp_path / "report.pdf"
-    subprocess.run([*browser, f"--print-to-pdf={paper}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    subprocess.run([*browser, f"--print-to-pdf={paper}", page.as_uri()], capture_output=True, timeout=600, check=True)
     assert paper.read_bytes()[:5] == b"%PDF-"
 
 

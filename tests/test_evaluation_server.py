@@ -20,7 +20,7 @@ from inverseq.evaluation.pairwise import read_verdicts
 from inverseq.sampling_lmdeploy_server import held_port
 from tests.tiny import make_tiny_model
 
-START_S = 180
+START_S = 600
 
 
 def make_judge(path):

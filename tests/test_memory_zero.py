@@ -27,7 +27,7 @@ ENGINE_PARTS = ("weights", "adapters", "moments", "gradient", "bucket", "tempora
 def measured():
     environment = dict(os.environ, DS_ACCELERATOR="cpu", PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "tests.zero_memory_job", json.dumps(CASES)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("MEASURED")] or [done.stderr]
     return dict(zip(CASES, json.loads(line.removeprefix("MEASURED")), strict=True))
 

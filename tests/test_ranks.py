@@ -143,7 +143,7 @@ def torchrun(root: Path, jobs: list[dict], name: str) -> subprocess.CompletedPro
     environment |= {"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": str(root / "extensions")}  # nothing is compiled
     return subprocess.run(
         [*command, "-m", "tests.ranks_worker", str(path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
 
 

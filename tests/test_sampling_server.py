@@ -320,12 +320,12 @@ def test_a_run_without_a_folder_for_the_weights_is_refused(tmp_path):
 def test_closing_the_iterator_ends_its_thread_and_its_requests(tmp_path, proxy):
     trainer = Trainer(tmp_path, proxy.root, concurrency=2)
     trainer.sync(0)
-    proxy.plan = {n: Fault(silence_s=15) for n in range(2, 20)}
+    proxy.plan = {n: Fault(silence_s=300) for n in range(2, 20)}
     finished = trainer.sampler.generate(make_prompts(6), seed=0)
     next(finished)
     started = time.monotonic()
     finished.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 100
     assert not [t for t in threading.enumerate() if t.name == "inverseq-server-requests"]
 
 
@@ -336,7 +336,7 @@ class TwoRanks:
         self.meeting = threading.Barrier(2)
 
     def barrier(self):
-        self.meeting.wait(timeout=60)
+        self.meeting.wait(timeout=600)
 
 
 def test_ranks_that_share_a_server_wait_until_it_has_the_weights(tmp_path, proxy):
