@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inverseq_kernels import IGNORE_INDEX, squared_log_ratio_loss
 
@@ -319,6 +319,9 @@ def test_two_calls_are_bitwise_equal_and_chunks_only_reorder_fp32_sums(structure
     dtype=st.sampled_from(DTYPES),
     workspace=st.integers(1, 2**31),
 )
+# Two row blocks of tiles fit, and one of stored logits; then two of tiles but for a byte.
+@example(num_rows=1024, num_words=128_256, dim=0, dtype=BF16, workspace=256 * 260_544)
+@example(num_rows=1024, num_words=128_256, dim=0, dtype=BF16, workspace=256 * 260_544 - 1)
 def test_chunks_cover_the_rows_and_fit_the_workspace(num_rows, num_words, dim, dtype, workspace):
     blocks = Blocks(128, 256, 64, num_warps=8, num_stages=3)
     row_bytes, pitch = dim * dtype.itemsize, pitch_of(num_words)
