@@ -1,6 +1,7 @@
 """DPO with TRL on the fused log-probabilities.
 
 python examples/trl_dpo.py MODEL [max_steps]
+accelerate launch --use_deepspeed --zero_stage 3 --num_processes 2 examples/trl_dpo.py MODEL [max_steps]
 """
 
 import sys

@@ -164,16 +164,6 @@ def test_the_head_needs_less_memory_than_stock_trl():
     assert ours < stock / 4
 
 
-def test_a_head_that_zero_3_takes_away_before_the_backward_pass_is_refused():
-    import trl.trainer.utils as utils
-
-    weight = torch.nn.Parameter(torch.randn(20, 8))
-    weight.ds_id = 1  # as DeepSpeed marks what it has partitioned
-    with linear_logprob_inside(True), pytest.raises(ValueError, match="under ZeRO-3 the head is gone in the backward"):
-        apply = getattr(utils, adapter.NAME).apply
-        apply(torch.randn(3, 8), weight, None, torch.arange(3), 1.0, 32768, None, 1.0, ("log_probs",))
-
-
 @pytest.mark.parametrize("found", ["1.99.0", "1.17.0.dev0", "1.9.2", "0.24.0"])
 def test_another_version_of_trl_gives_one_clear_message(monkeypatch, found):
     monkeypatch.setattr(versions, "version", lambda name: found)

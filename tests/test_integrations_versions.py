@@ -16,6 +16,7 @@ from inverseq.engine_deepspeed import check_deepspeed
 from inverseq.integrations import versions
 from inverseq.integrations.causal_lm import CausalLMLogprobs, check_gathered
 from inverseq.integrations.hf_trainer import NextTokenLoss
+from inverseq.integrations.trl import LinearLogprob
 from inverseq.lora import check_lora
 from tests.tiny import make_tiny_model
 
@@ -43,10 +44,18 @@ def gathered_by_deepspeed(path):
     return module(torch.tensor([[3, 4, 5]]), torch.tensor([[3, 4, 5]]))
 
 
+def gathered_by_trl(path):
+    """A head that looks like a gathered weight of ZeRO-3 where TRL's trainers read it."""
+    pytest.importorskip("trl", reason="the extra trl is not installed")
+    weight = nn.Parameter(torch.randn(8, 4))
+    weight.ds_id = 0
+    LinearLogprob().apply(torch.randn(2, 4), weight, None, torch.tensor([1, 2]), 1.0, 8, None, 1.0, ("log_probs",))
+
+
 USES = {
     "transformers": [lambda path: CausalLMLogprobs(load(path)), lambda path: NextTokenLoss(load(path))],
     "peft": [lambda path: check_lora()],
-    "deepspeed": [lambda path: check_deepspeed(), gathered_by_deepspeed],
+    "deepspeed": [lambda path: check_deepspeed(), gathered_by_deepspeed, gathered_by_trl],
 }
 CASES = [(package, use) for package, uses in USES.items() for use in uses]
 

@@ -5,13 +5,15 @@
 
 TRL computes per-token log-probabilities of all its trainers in one autograd function, from logits in the model's
 dtype. That function is replaced; masks, losses and metrics stay TRL's. The two metrics that need whole rows of logits
-(the mean logit, and whether the label is the likeliest token) are computed here in chunks without gradient.
+(the mean logit, and whether the label is the likeliest token) are computed here in chunks without gradient. DeepSpeed
+ZeRO-3 is served: the head's weight is whole on a rank only while one of the two passes reads it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from inverseq_kernels import linear_logprob
 from torch import Tensor
 
 from .causal_lm import as_autocast_reads
-from .versions import describe_tested, installed_version, is_tested
+from .versions import check_version, describe_tested, installed_version, is_tested
 
 __all__ = ["use_linear_logprob"]
 
@@ -56,6 +58,7 @@ class LinearLogprob:
 
     def __init__(self, **options: Any):
         self.options = options
+        self.engine_is_checked = False
 
     def apply(
         self,
@@ -65,20 +68,45 @@ class LinearLogprob:
         labels: Tensor,  # [A] int64
         *settings: Any,  # temperature, chunk size, softcap, logit scale, names of the outputs
     ) -> tuple[Tensor | None, ...]:
-        """(log-probabilities, entropy, log Σ p², mean logit, label is likeliest), [A] each, None when not asked for."""
-        if hasattr(weight, "ds_id"):  # TRL gathers it for its forward, and in a backward of its own once more
-            raise ValueError("use_linear_logprob: under ZeRO-3 the head is gone in the backward pass; train without it")
+        """(log-probabilities, entropy, log Σ p², mean logit, label is likeliest), [A] each, None when not asked for.
+
+        Raises ValueError for an older DeepSpeed than what was tested, when it holds the weight.
+        """
+        if hasattr(weight, "ds_id") and not self.engine_is_checked:
+            check_version("deepspeed", extra="deepspeed", what="use_linear_logprob under ZeRO-3")
+            self.engine_is_checked = True
         temperature, _, softcap, scale, outputs = settings
         hidden = as_autocast_reads(hidden)
         # softcap·tanh(s z / softcap) / T = (softcap / s) · tanh(z / (softcap / s)) / (T / s)
         head = {"softcap": softcap and softcap / scale, "temperature": temperature / scale}
         wants_entropy = "entropy" in outputs
-        results = linear_logprob(
-            hidden, weight, labels, bias=bias, return_entropy=wants_entropy, **head, **self.options
-        )
+        with gathered_in_backward(weight, bias):
+            results = linear_logprob(
+                hidden, weight, labels, bias=bias, return_entropy=wants_entropy, **head, **self.options
+            )
         logprobs, entropy = results if wants_entropy else (results, None)
         rows = row_statistics(hidden, weight, bias, labels, outputs=outputs, **head)
         return logprobs, entropy, *(rows.get(name) for name in ("log_sum_sq_probs", "mean_logits", "is_top1"))
+
+
+def gathered_in_backward(*weights: Tensor | None) -> AbstractContextManager:
+    """Inside, autograd saves those of the weights that ZeRO-3 has gathered as the parameters that they are.
+
+    A parameter is partitioned after the forward pass, as TRL's context ends; it is gathered again where the backward
+    pass asks for it, and that copy lives until the gradients are made.
+    """
+    spread = {weight.data_ptr(): weight for weight in weights if hasattr(weight, "ds_id")}
+    if not spread:
+        return nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    def unpack(saved: Tensor) -> Tensor:
+        if not hasattr(saved, "ds_id"):
+            return saved
+        with maybe_gather_lm_head_ctx(saved):
+            return saved.detach()  # the parameter itself is empty again after this line
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: spread.get(tensor.data_ptr(), tensor), unpack)
 
 
 @torch.no_grad()
