@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .attention_layout import AttentionLayout
 
-__all__ = ["sdpa_attention"]
+__all__ = ["causal_mask", "sdpa_attention", "softcapped_attention"]
 
 
 def sdpa_attention(
@@ -36,25 +36,33 @@ def sdpa_attention(
         len_q, len_k = q.shape[2], k.shape[2]
         windowed = window is not None and len_k > window
         if softcap:
-            outs.append(_softcapped_attention(q, k, v, scaling, window, softcap))
+            outs.append(softcapped_attention(q, k, v, scaling, window, softcap))
         elif len_q == len_k and not windowed:
             outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
         else:
-            mask = _causal_mask(len_q, len_k, window, q.device)
+            mask = causal_mask(len_q, len_k, window, q.device)
             outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling))
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
-def _softcapped_attention(q, k, v, scaling, window, softcap: float) -> Tensor:
+def softcapped_attention(
+    q: Tensor,  # [..., len_q, head size]
+    k: Tensor,  # [..., len_k, head size]
+    v: Tensor,  # [..., len_k, head size]
+    scaling: float | None,
+    window: int | None,
+    softcap: float,
+) -> Tensor:
+    """Causal attention in fp32 whose scores are capped, softcap·tanh(score/softcap), [..., len_q, head size]."""
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     scores = (q.float() @ k.float().transpose(-1, -2)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    mask = _causal_mask(q.shape[2], k.shape[2], window, q.device)
+    mask = causal_mask(q.shape[-2], k.shape[-2], window, q.device)
     return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v.float()).to(q.dtype)
 
 
-def _causal_mask(len_q: int, len_k: int, window: int | None, device) -> Tensor:
-    """[len_q, len_k] bool; the last query sees the last key."""
+def causal_mask(len_q: int, len_k: int, window: int | None, device: torch.device) -> Tensor:
+    """[len_q, len_k] bool; the last query sees the last key, and ``window`` keys back from itself."""
     query_position = torch.arange(len_k - len_q, len_k, device=device)[:, None]
     key_position = torch.arange(len_k, device=device)[None, :]
     mask = key_position <= query_position

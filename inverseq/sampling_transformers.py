@@ -12,7 +12,6 @@ own prompt only (see ``inverseq.sampling_noise``).
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -34,7 +33,14 @@ from transformers.utils import is_flash_attn_2_available
 from .config import SamplingConfig
 from .freshness import ProbeAnswer
 from .records import RenderedPrompt, Response
-from .sampling_attention import PAGED_ATTENTION_NAME, paged_attention_is_supported
+from .sampling_attention import PAGED_ATTENTION_NAME, needs_paged_attention, paged_attention_is_supported
+from .sampling_cache import (
+    CUDA_PAGE_TOKENS,
+    CUDA_STEP_TOKENS,
+    engine_bytes,
+    free_cuda_bytes,
+    num_layer_groups,
+)
 from .sampling_noise import gumbel_noise, prompt_keys
 
 __all__ = ["TransformersSampler", "data_parallel_rank", "stop_token_ids"]
@@ -43,9 +49,7 @@ __all__ = ["TransformersSampler", "data_parallel_rank", "stop_token_ids"]
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
 
 CPU_PAGE_TOKENS = 32  # tokens per page of the key-value cache
-CUDA_PAGE_TOKENS = 256  # what paged FlashAttention kernels read
 CPU_STEP_TOKENS = 256  # prompt and decoded tokens of one forward pass
-CUDA_STEP_TOKENS = 4096
 CUDA_CACHE_FRACTION = 0.8  # of free memory, when the cache of a full batch does not fit
 POLL_S = 0.5
 
@@ -191,6 +195,8 @@ class TransformersSampler:
         if on_cuda and engine_bytes(self.model, num_blocks * page) > free_cuda_bytes() * CUDA_CACHE_FRACTION:
             num_blocks = None  # as many as fit; the engine queues what does not
         known = {item.name for item in fields(ContinuousBatchingConfig)}
+        if num_blocks is not None and "page_size" not in known:  # an older release, whose blocks are a group's alone
+            num_blocks *= num_layer_groups(self.model)
         options: dict[str, Any] = {
             "page_size" if "page_size" in known else "block_size": page,
             "num_blocks": num_blocks,
@@ -202,8 +208,10 @@ class TransformersSampler:
             "auto_switch_to_flash": False,  # engine_mode has chosen
             "seed": seed - data_parallel_rank(),  # the engine adds the rank: the seed is the one that is recorded
         }
-        if self.config.per_prompt_seeds:  # noise is made on the host at every step: no captured graph, no step ahead
-            options |= {"use_cuda_graph": False, "use_async_batching": False}
+        if self.config.per_prompt_seeds or needs_paged_attention(self.model):
+            options["use_cuda_graph"] = False  # noise is made, or each sequence's bounds are read, on the host
+        if self.config.per_prompt_seeds:
+            options["use_async_batching"] = False  # no step ahead of the noise
         # Releases before 5.17 lack some of these; there the cache's size alone bounds the batch.
         return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
 
@@ -232,7 +240,6 @@ def engine_mode(model: PreTrainedModel, num_valid_vocab: int) -> Iterator[None]:
     """Evaluation mode, an attention that reads a paged cache, and padding words at logit −inf; then all as before."""
     attention = model.config._attn_implementation
     training = {module: module.training for module in model.modules()}
-    flash = model.device.type == "cuda" and model.dtype != torch.float32 and is_flash_attn_2_available()
 
     def mask_padding(module, args, output):
         output.logits[..., num_valid_vocab:] = float("-inf")
@@ -242,7 +249,7 @@ def engine_mode(model: PreTrainedModel, num_valid_vocab: int) -> Iterator[None]:
     hook = model.register_forward_hook(mask_padding) if padded else None
     try:
         model.eval()
-        model.set_attn_implementation("flash_attention_2" if flash else "sdpa")
+        model.set_attn_implementation(engine_attention(model))
         yield
     finally:
         if hook is not None:
@@ -250,6 +257,14 @@ def engine_mode(model: PreTrainedModel, num_valid_vocab: int) -> Iterator[None]:
         model.set_attn_implementation(attention)
         for module, was_training in training.items():
             module.training = was_training
+
+
+def engine_attention(model: PreTrainedModel) -> str:
+    """The attention that the engine is made with; ``eager`` reads a plain cache right where the paged one is ours."""
+    if needs_paged_attention(model):
+        return "eager"
+    flash = model.device.type == "cuda" and model.dtype != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def equal_prompts(prompts: Sequence[RenderedPrompt], limit: int) -> list[list[int]]:
@@ -274,10 +289,13 @@ def data_parallel_rank() -> int:
 
 
 def use_paged_attention(model: PreTrainedModel) -> None:
-    """Replace sdpa, which masks a product over the whole batch, by attention of each sequence to itself.
+    """Replace attention that masks a product over the whole batch, or is wrong, by that of each sequence to itself.
 
-    After the engine was made, which knows sdpa and FlashAttention by name only; ``engine_mode`` undoes it.
+    After the engine was made, which knows transformers' own by name only; ``engine_mode`` undoes it.
     """
+    if needs_paged_attention(model):
+        model.set_attn_implementation(PAGED_ATTENTION_NAME)
+        return
     sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
     on_device = model.device.type != "cuda" or sixteen_bits  # var-len kernels are for 16 bits
     if model.config._attn_implementation == "sdpa" and on_device and paged_attention_is_supported():
@@ -340,36 +358,3 @@ def stop(manager, waiting: dict[str, int]) -> None:
         manager.cancel_request(request_id)
     manager.stop(block=True, hard_stop=bool(waiting))
     manager.destroy()
-
-
-def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values of one token over all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize
-
-
-def engine_bytes(model: PreTrainedModel, num_tokens: int) -> int:
-    """At least what the engine plans on CUDA for a cache of so many tokens; it refuses to start with less than that.
-
-    Beside the cache, by the formulas of transformers 5.17 and 5.23: keys and values read out of it and repeated for all
-    heads, a mask for each kind of layer unless the kernels are FlashAttention's, logits in fp32, and inputs. Where
-    layers differ in kind, all of the cache may come to be one kind's, and holds more tokens of it.
-    """
-    config, b = model.config.get_text_config(), model.dtype.itemsize
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    step, num_masks = CUDA_STEP_TOKENS, 0 if "flash" in model.config._attn_implementation else 2
-    kinds = Counter(getattr(config, "layer_types", None) or ["any"] * config.num_hidden_layers)
-    readable = -(-num_tokens * config.num_hidden_layers // min(kinds.values()))
-    per_token = 3 * heads * head_size * b + num_masks * step * b + 64
-    per_row = 4 * config.vocab_size + b * (hidden + 6 * heads * head_size) + num_masks * step * b + 1024
-    cache = (num_tokens + 3 * CUDA_PAGE_TOKENS) * cache_bytes_per_token(model)  # two pages for padding, one begun
-    return cache + readable * per_token + step * per_row
-
-
-def free_cuda_bytes() -> int:
-    """Memory that the engine will find free: it empties torch's cache first, and what is left in pieces stays taken."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]

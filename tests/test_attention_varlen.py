@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inverseq import attention, attention_varlen, sampling_attention
 from inverseq.attention import attention_layout
 from inverseq.attention_sdpa import sdpa_attention
-from inverseq.attention_varlen import flash_attn_function, torch_varlen_function, varlen_attention
+from inverseq.attention_varlen import Lengths, flash_attn_function, torch_varlen_function, varlen_attention
 from tests.attention_oracle import (
     CONFIGS,
     flash_attn_double,
@@ -182,17 +182,20 @@ def test_keys_of_grouped_heads_are_not_repeated(monkeypatch, version):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("version", ["2.11", "2.13"])
-def test_the_samplers_cuda_path_equals_its_cpu_path(monkeypatch, version, window):
-    use(monkeypatch, version)
+@pytest.mark.parametrize(
+    ("kernel", "softcap"), [("2.11", None), ("2.13", None), ("flash_attn", None), ("flash_attn", 0.5)]
+)
+def test_the_samplers_cuda_path_equals_its_cpu_path(monkeypatch, kernel, softcap, window):
+    use(monkeypatch, kernel)
     generator = torch.Generator().manual_seed(6)
     query, key, value = (
         torch.randn(1, count, tokens, 8, generator=generator) for count, tokens in ((4, 6), (2, 14), (2, 14))
     )
     bounds = ([0, 1, 5, 6], [0, 4, 9, 14])
-    expected = sampling_attention._per_sequence(query, key, value, *bounds, 0.4, window)
-    on_device = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)
-    actual = sampling_attention._varlen(query, key, value, on_device, (4, 5), 0.4, window)
+    expected = sampling_attention._per_sequence(query, key, value, bounds, 0.4, window, softcap)
+    lengths = Lengths(*(torch.tensor(bound, dtype=torch.int32) for bound in bounds), 4, 5)
+    function = flash_attn_function() if kernel == "flash_attn" else torch_varlen_function()
+    actual = sampling_attention._varlen(function, (query, key, value), lengths, 0.4, window, softcap)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ COMPOSING |= {"run_state", "overlap", "__init__", "__main__"}
 # One stage in several files.
 STAGES_OF_SEVERAL_FILES = [
     {"sampling", "sampling_transformers", "sampling_replay", "sampling_ahead", "sample_files", "freshness"}
-    | {"sampling_attention", "sampling_noise", "sampling_lmdeploy", "sampling_lmdeploy_pipeline"}
+    | {"sampling_attention", "sampling_cache", "sampling_noise", "sampling_lmdeploy", "sampling_lmdeploy_pipeline"}
     | {"sampling_lmdeploy_server", "sampling_lmdeploy_client", "sampling_lmdeploy_weights", "sampling_lmdeploy_guard"}
     | {"sampling_server", "sampling_server_client", "sampling_server_protocol", "sampling_server_weights"},
     {"metrics", "progress"},

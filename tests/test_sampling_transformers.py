@@ -10,6 +10,8 @@ from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
@@ -22,15 +24,9 @@ from inverseq.prompts import PromptStream, repeat_prompts
 from inverseq.records import Prompt
 from inverseq.sampling import sample_responses
 from inverseq.sampling_attention import PAGED_ATTENTION_NAME, paged_attention, paged_attention_is_supported
+from inverseq.sampling_cache import CUDA_PAGE_TOKENS, CUDA_STEP_TOKENS, cache_bytes_per_token, engine_bytes
 from inverseq.sampling_noise import gumbel_noise, prompt_keys
-from inverseq.sampling_transformers import (
-    CUDA_PAGE_TOKENS,
-    CUDA_STEP_TOKENS,
-    TransformersSampler,
-    cache_bytes_per_token,
-    engine_bytes,
-    equal_prompts,
-)
+from inverseq.sampling_transformers import TransformersSampler, equal_prompts
 from tests.test_sampling import (
     NUM_WORDS,
     chi_square_p_value,
@@ -90,10 +86,38 @@ def sliding_window_model(window: int) -> MistralForCausalLM:
         return MistralForCausalLM(config).eval()
 
 
+def softcapped_model(window: int | None) -> Gemma2ForCausalLM:
+    """Its second layer sees everything, its first one a window; ``attn_logit_softcapping`` changes the words."""
+    config = Gemma2Config(
+        vocab_size=NUM_WORDS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=None,
+        max_position_embeddings=512,
+        sliding_window=window or 512,
+        initializer_range=0.5,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+        attn_implementation=ATTENTION_NAME,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma2ForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize("window", [None, 16])
-def test_attention_of_each_sequence_to_itself_decodes_what_the_model_would(window):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_attention_of_each_sequence_to_itself_decodes_what_the_model_would(family, window):
     """Prompts that need several steps to be read, and responses past the end of a sliding window."""
-    if window:
+    if family == "gemma2":
+        model = softcapped_model(window)
+    elif window:
         model = sliding_window_model(window)
     else:
         model = make_model()
@@ -106,7 +130,8 @@ def test_attention_of_each_sequence_to_itself_decodes_what_the_model_would(windo
     with Counted(model) as counted:
         samples = sample_responses(make(model, max_new_tokens=20, batch_size=3), prompts, seed=0)
     # Older releases (5.17) keep the paged cache from an attention function: there their own sdpa runs.
-    assert counted.attention == {PAGED_ATTENTION_NAME if paged_attention_is_supported() else "paged|sdpa"}
+    ours = family == "gemma2" or paged_attention_is_supported()
+    assert counted.attention == {PAGED_ATTENTION_NAME if ours else "paged|sdpa"}
     assert paged_attention_is_supported() or Version(transformers.__version__) < Version("5.23")
     assert model.config._attn_implementation == ATTENTION_NAME
     model.set_attn_implementation("eager")
@@ -116,7 +141,7 @@ def test_attention_of_each_sequence_to_itself_decodes_what_the_model_would(windo
         assert expected[len(ids) - 1 : -1].tolist() == sample.response.token_ids.tolist()
 
 
-@pytest.mark.parametrize("wrong", [{"dropout": 0.1}, {"softcap": 5.0}, {"s_aux": torch.ones(1)}, {"cache": None}])
+@pytest.mark.parametrize("wrong", [{"dropout": 0.1}, {"s_aux": torch.ones(1)}, {"cache": None}])
 def test_attention_refuses_what_it_would_get_wrong(wrong):
     query = torch.zeros(1, 2, 1, 4)
     with pytest.raises(ValueError, match="paged"):
