@@ -138,3 +138,45 @@ def test_stored_logits_of_the_triton_backend_stay_within_the_workspace(op):
         total = outputs[0].sum() + outputs[1].sum()
         peak, kept = peak_and_kept_bytes(lambda: torch.autograd.grad(total, (hidden, weight)))
         assert limit / 2 < peak <= limit + kept
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter")
+@pytest.mark.parametrize("op", ["sweep", "logprob"])
+def test_statistics_of_tiles_stay_within_the_workspace(op):
+    """What is left of every tile, for every alpha: of all rows together it would be 2 and 3 workspaces."""
+    num_rows, num_words, limit = 128, 1000, {"sweep": 2**14, "logprob": 2**12}[op]
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (num_rows, num_words))
+    token_ids, keywords = torch.arange(num_rows), {"workspace_bytes": limit, "backend": "triton"}
+    runs = {
+        "sweep": lambda: contrastive_logprob_sweep(
+            hidden, weight, hidden, weight, token_ids, alphas=[1.0, 1.2, 1.4], **keywords
+        ),
+        "logprob": lambda: linear_logprob(hidden, weight, token_ids, return_entropy=True, **keywords),
+    }
+    peak, _ = peak_and_kept_bytes(runs[op])
+    output_bytes = 4 * num_rows * {"sweep": 4, "logprob": 3}[op] + 64  # log pi_l and the log-sum-exp, and the alphas
+    assert limit / 2 < peak - output_bytes <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs_hidden", [False, True])
+def test_buffers_of_the_tiles_of_the_loss_stay_within_the_workspace(needs_hidden, dtype):
+    pytest.importorskip("triton")
+    from inverseq_kernels import triton_loss
+    from inverseq_kernels.torch_head import HeadSettings
+
+    num_rows, num_words, dim = 960, 1000, 64
+    hidden, weight = torch.zeros(num_rows, dim, dtype=dtype), torch.zeros(num_words, dim, dtype=dtype)
+    row_bytes = 0 if needs_hidden else dim * dtype.itemsize
+    limit = 480 * (2 * 1024 + 8 * 8 + 24 + row_bytes) - 1  # two chunks, but for a byte
+    needs, kept = (needs_hidden, True, False), []
+
+    def allocate():
+        head = (hidden, weight, None)
+        chunks = triton_loss._TileChunks(head, HeadSettings(None, 1.0, num_words), row_bytes, limit, None)
+        kept.extend((chunks, triton_loss._GradientSums(head, weight, needs, chunks.num_rows)))
+
+    peak, _ = peak_and_kept_bytes(allocate)
+    gradients = 4 * weight.numel() + (hidden.nbytes if needs_hidden else 0)
+    assert 0.6 * limit < peak - gradients <= limit

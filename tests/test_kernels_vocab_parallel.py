@@ -14,14 +14,15 @@ from inverseq_kernels.vocab_parallel import local_valid_vocab
 from tests import kernels_oracle as oracle
 
 NUM_WORDS, SPLIT, NUM_VALID = 23, 9, 20
+NUM_ROWS = 40  # on the triton backend: two row blocks, so two chunks where the workspace is small
 HAS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 SHARDS = [slice(0, SPLIT), slice(SPLIT, NUM_WORDS)]
 
 
-def make_problems():
+def make_problems(num_rows=12):
     # Widths that tiles can load: on the triton backend bf16 takes them and fp32 stored logits.
-    better = oracle.make_problem(12, 16, NUM_WORDS, dtype=torch.float64, ignored=(3,))
-    plain = oracle.make_problem(12, 32, NUM_WORDS, dtype=torch.float64, seed=1)
+    better = oracle.make_problem(num_rows, 16, NUM_WORDS, dtype=torch.float64, ignored=(3,))
+    plain = oracle.make_problem(num_rows, 32, NUM_WORDS, dtype=torch.float64, seed=1)
     better.token_ids.clamp_(max=NUM_VALID - 1)
     better.token_ids[:3] = torch.tensor([0, SPLIT - 1, SPLIT])
     with torch.no_grad():
@@ -150,7 +151,7 @@ def in_dtype(problem, dtype):
 
 def check_triton_logprob(rank: int, dtype: torch.dtype, tolerance: float) -> None:
     """All words of a rank may be padding; ignored rows, a word that the bias removes and several chunks are in it."""
-    whole, _ = make_problems()
+    whole, _ = make_problems(NUM_ROWS)
     whole.hidden.data[3] = math.nan  # ignored
     for num_valid, softcap in ((NUM_VALID, 8.0), (NUM_VALID, None), (SPLIT, None)):
         token_ids = whole.token_ids.clamp(max=num_valid - 1)
@@ -163,7 +164,7 @@ def check_triton_logprob(rank: int, dtype: torch.dtype, tolerance: float) -> Non
         parallel = {"vocab_group": dist.group.WORLD, "vocab_start": words.start, "backend": "triton"}
         outputs = linear_logprob(*shard[:2], token_ids, bias=shard[2], workspace_bytes=1, **settings, **parallel)
         expected = linear_logprob(*truth[:2], token_ids, bias=truth[2], **settings)
-        upstream = torch.randn(2, 12, generator=torch.Generator().manual_seed(5))
+        upstream = torch.randn(2, NUM_ROWS, generator=torch.Generator().manual_seed(5))
         finite = expected[0].detach().isfinite()
         for output, reference in zip(outputs, expected, strict=True):
             assert output.dtype == torch.float32
@@ -179,12 +180,12 @@ def check_triton_logprob(rank: int, dtype: torch.dtype, tolerance: float) -> Non
 
 
 def check_triton_contrast(rank: int, dtype: torch.dtype) -> None:
-    better, plain = make_problems()
+    better, plain = make_problems(NUM_ROWS)
     words = SHARDS[rank]
     tensors = [tensor.detach() for problem in (better, plain) for tensor in in_dtype(problem, dtype)]
     for alpha, softcap, num_valid in (
         (1.4, None, NUM_VALID),
-        (torch.linspace(-1, 2, 12), 6.0, NUM_VALID),
+        (torch.linspace(-1, 2, NUM_ROWS), 6.0, NUM_VALID),
         (0.5, None, SPLIT),
     ):
         token_ids = better.token_ids.clamp(max=num_valid - 1)
@@ -197,6 +198,7 @@ def check_triton_contrast(rank: int, dtype: torch.dtype) -> None:
                 convert(tensor if index % 3 == 0 else tensor[cut]) for index, tensor in enumerate(tensors)
             )
             settings = {"bias_w": b_w, "bias_l": b_l, "softcap": softcap, "num_valid_vocab": num_valid, **parallel}
+            settings["workspace_bytes"] = 1
             results.append(contrastive_logprob(h_w, w_w, h_l, w_l, token_ids, alpha, return_reference=True, **settings))
         for actual, expected in zip(*results, strict=True):
             assert actual.dtype == torch.float32

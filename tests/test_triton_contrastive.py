@@ -143,8 +143,9 @@ def test_matches_float64_with_the_default_choice(dims, softcap):
 
 
 def test_heads_of_two_dtypes_match_float64():
-    half, single = make_inputs(20, 100, 32, 48, BF16), make_inputs(20, 100, 32, 48)
-    for better, plain in ((half, single), (single, half)):
+    half, single = make_inputs(20, 100, 48, 48, BF16), make_inputs(20, 100, 48, 48)
+    shared = [*single[:4], half[1], *single[5:]]  # one weight, read in each hidden's dtype
+    for better, plain in ((half, single), (single, half), (half, shared)):
         check([*better[:3], *plain[3:]], None, random_alphas(1, 20), blocks=None)
 
 
