@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from .architecture import empty_model
 from .config import LoraConfig
 from .memory_records import FP32, GIB, PHASES, Hardware, Job, MemoryPart, ModelSize, Placement, Trained
 from .memory_zero import zero_parts
@@ -49,8 +50,7 @@ CONTAINER_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memor
 
 def model_size(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelSize:
     """The sizes of a model configuration; parameters are counted on the meta device, tied ones once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_model(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     num_heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
+from .architecture import check_architecture
 from .attention import ATTENTION_NAME, AttentionLayout, attention_layout, check_backend
 from .config import ModelConfig
 from .fused_layers import check_fused_layers, fuse_layers
@@ -64,13 +65,14 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 
     Dropout and router jitter are off because targets and policy must be the same function of the weights: with them, a
     policy equal to its target would have a loss. Raises ValueError when the weights cannot be read or are not all
-    there: what is missing would otherwise be made up at random; and when ``model.attention`` or ``model.fused_layers``
-    cannot be had.
+    there: what is missing would otherwise be made up at random; and, before they are read, for an architecture that
+    cannot be packed and when ``model.attention`` or ``model.fused_layers`` cannot be had.
     """
     device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
     check_backend(config.attention, device, dtype)
     if config.fused_layers:
         check_fused_layers(device)
+    check_architecture(str(path), _load_config(path, config), trust_remote_code=config.trust_remote_code)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -84,7 +86,6 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    _check_layer_types(path, model)
     others = [f"{name} ({tuple(there)} for {tuple(wanted)})" for name, there, wanted in info["mismatched_keys"]]
     absent = sorted({*info["missing_keys"], *others})
     if absent:
@@ -96,6 +97,13 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     if config.fused_layers:
         fuse_layers(model)
     return model.to(device).eval()
+
+
+def _load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def turn_off_noise(model: PreTrainedModel) -> None:
@@ -126,14 +134,6 @@ def placed_as_read(device: torch.device) -> dict[str, dict[str, torch.device]]:
         logger.info("weights are read through host memory; with accelerate installed they go straight to the GPU")
         return {}
     return {"device_map": {"": torch.device("cuda", torch.cuda.current_device())}}
-
-
-def _check_layer_types(path: str | Path, model: PreTrainedModel) -> None:
-    """Raise ValueError for layers whose tokens see anything but a causal range: packs would be read wrongly."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise ValueError(f"{path}: layers of kind {', '.join(unknown)}; expected full or sliding attention alone")
 
 
 @dataclass(frozen=True, slots=True)

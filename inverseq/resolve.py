@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .architecture import check_architecture, check_cached_heads
 from .attention import check_backend
 from .chat import ChatRenderer, load_chat_template, load_principle
 from .checkpoint import check_or_offer_older, checkpoint_epoch, latest_checkpoint
@@ -90,6 +91,8 @@ def resolve(config: Config, *, resume: bool = False, ranks: Ranks | None = None)
     if resume:
         check_resumable(config, run_dir, ranks)
     models = resolve_models(config)
+    if config.sampling.backend == "transformers":
+        check_cached_heads(models.model_path, models.model_config)
     prompts, read_report = load_stream(config, models.renderer)
     logger.info("%s", read_report)
     logger.info("%s", prompts.report)
@@ -229,6 +232,7 @@ def load_model_config(key: str, path: str, config: ModelConfig) -> PretrainedCon
     brings_code = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not brings_code:
         raise ValueError(f"{key}={path!r}: is a model of kind {found.model_type!r}; expected a causal language model")
+    check_architecture(f"{key}={path!r}", found, trust_remote_code=config.trust_remote_code)
     return found
 
 
