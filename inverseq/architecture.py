@@ -1,4 +1,4 @@
-"""What a model's configuration tells of it before any weight is loaded: can this project pack and score it?
+"""What a model's configuration tells of it before any weight is loaded: can this project pack, score and adapt it?
 
 The model is built and run on the meta device, where weights have shapes alone: milliseconds and no memory whatever its
 size. Left out: numbers. Whether hidden states times the head are the model's own logits, and whether a sequence of a
@@ -13,10 +13,12 @@ import inspect
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .attention import ATTENTION_NAME, AttentionLayout, packed_attention
+from .config import LoraConfig
 
-__all__ = ["check_architecture", "check_cached_heads", "empty_model"]
+__all__ = ["adapted_modules", "check_architecture", "check_cached_heads", "empty_model"]
 
 PROBE_NAME = "inverseq_probe"
 PROBE_TOKENS = 8
@@ -121,6 +123,31 @@ def _is_of_meta(error: Exception) -> bool:
 def _describe(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0]
     return line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"
+
+
+def adapted_modules(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The names that ``policy.lora.target_modules`` lists, or ``all-linear``, each of which the model has.
+
+    Raises ValueError for a name that no linear layer has, and for an embedding.
+    """
+    targets = [name.strip() for name in config.target_modules.split(",")]
+    if targets == ["all-linear"]:
+        return targets
+    key, head = f"policy.lora.target_modules={config.target_modules!r}", model.get_output_embeddings()
+    found: dict[str, set[str]] = {"linear": set(), "embedding": set()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            kind = "embedding" if module is head or isinstance(module, nn.Embedding) else "linear"
+            found[kind].add(name.rpartition(".")[2])
+    for target in targets:
+        if target in found["embedding"]:
+            raise ValueError(f"{key}: expected no embedding ({target})")
+        if target not in found["linear"]:
+            raise ValueError(
+                f"{key}: the model has no {target}; expected all-linear, or some of "
+                f"{', '.join(sorted(found['linear']))}, separated by commas"
+            )
+    return targets
 
 
 AttentionInterface.register(PROBE_NAME, _probe_attention)

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .architecture import adapted_modules
 from .atomic import atomic_directory
 from .config import LoraConfig
 from .integrations.versions import check_version
@@ -51,20 +52,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
     check_lora()
     import peft
 
-    targets = [name.strip() for name in config.target_modules.split(",")]
-    modules = dict(model.named_modules())
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    for target in targets if targets != ["all-linear"] else []:
-        found = [name for name in modules if name.rpartition(".")[2] == target]
-        if not found:
-            linear = {name for name, one in modules.items() if isinstance(one, nn.Linear) and one not in embeddings}
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ValueError(
-                f"policy.lora.target_modules={config.target_modules!r}: the model has no {target}; expected "
-                f"all-linear, or some of {known}, separated by commas"
-            )
-        if any(modules[name] is one for name in found for one in embeddings):
-            raise ValueError(f"policy.lora.target_modules={config.target_modules!r}: expected no embedding ({target})")
+    targets = adapted_modules(model, config)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .architecture import check_architecture, check_cached_heads
+from .architecture import adapted_modules, check_architecture, check_cached_heads, empty_model
 from .attention import check_backend
 from .chat import ChatRenderer, load_chat_template, load_principle
 from .checkpoint import check_or_offer_older, checkpoint_epoch, latest_checkpoint
@@ -93,6 +93,9 @@ def resolve(config: Config, *, resume: bool = False, ranks: Ranks | None = None)
     models = resolve_models(config)
     if config.sampling.backend == "transformers":
         check_cached_heads(models.model_path, models.model_config)
+    if config.policy.lora.rank:
+        trust = config.model.trust_remote_code
+        adapted_modules(empty_model(models.model_config, trust_remote_code=trust), config.policy.lora)
     prompts, read_report = load_stream(config, models.renderer)
     logger.info("%s", read_report)
     logger.info("%s", prompts.report)

@@ -35,6 +35,21 @@ def test_it_reports_and_plans_without_weights_and_writes_nothing(models, tmp_pat
     assert max(map(len, text.splitlines())) <= 200
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("q_prj", "the model has no q_prj; expected all-linear, or some of down_proj, gate_proj, k_proj"),
+        ("q_proj,input_layernorm", "the model has no input_layernorm; expected"),
+        ("q_proj,embed_tokens", r"expected no embedding \(embed_tokens\)"),
+    ],
+)
+def test_adapters_that_the_model_cannot_have_are_refused_before_weights_are_read(models, tmp_path, names, expected):
+    words = ("policy.lora.rank=4", f"policy.lora.target_modules={names}")
+    with pytest.raises(ValueError, match=f"policy.lora.target_modules='{names}': {expected}"):
+        dry_run(config_for(tmp_path, models, *words))
+    dry_run(config_for(tmp_path, models, "policy.lora.rank=4", "policy.lora.target_modules=q_proj, v_proj"))
+
+
 def test_the_planned_epoch_counts_every_token_of_the_first_epochs_prompts(models, tmp_path):
     config = config_for(tmp_path, models, "sampling.samples_per_epoch=21", "packing.train_tokens=700")
     text, resolved = dry_run(config).text, resolve(config)
