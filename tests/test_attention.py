@@ -93,6 +93,25 @@ def call(module=None, **options):
     return attention.packed_attention(module or torch.nn.Module(), query, query, query, None, layout=layout, **options)
 
 
+def test_a_layer_whose_values_have_another_size_is_served_by_what_takes_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention, "choose_backend", lambda backend, needs: asked.append(needs) or "sdpa")
+    layout = attention_layout(make_pack(random_sequences([3])))
+    query, value = torch.zeros(1, 2, 3, 24), torch.zeros(1, 2, 3, 16)
+    assert attention.packed_attention(torch.nn.Module(), query, query, value, None, layout=layout)[0].shape[-1] == 16
+    assert [(needs.head_size, needs.value_head_size) for needs in asked] == [(24, 16)]
+
+
+def test_capped_logits_are_scaled_by_the_head_size_where_the_layer_says_nothing_and_keep_the_dtype():
+    generator, layout = torch.Generator().manual_seed(2), attention_layout(make_pack(random_sequences([3, 4])))
+    heads = [torch.randn(1, count, 7, 16, generator=generator).bfloat16() for count in (4, 2, 2)]
+    said, silent = (
+        attention.packed_attention(torch.nn.Module(), *heads, None, scaling=scaling, softcap=1.5, layout=layout)[0]
+        for scaling in (0.25, None)
+    )
+    assert said.dtype == torch.bfloat16 and torch.equal(said, silent)
+
+
 def test_what_would_change_the_numbers_without_a_word_is_refused():
     assert call()[0].shape == (1, 3, 2, 8)
     with pytest.raises(ValueError, match="sinks"):

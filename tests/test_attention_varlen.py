@@ -131,6 +131,23 @@ def test_a_prefix_is_attended_in_a_second_part_without_copies_of_its_keys(monkey
     assert calls == [own | {"keys": sum(lengths) + 6 + 6 + 3}] * 2
 
 
+def test_the_two_parts_of_16_bit_outputs_are_merged_in_float32():
+    layout = attention_layout(make_pack(random_sequences([3, 4, 5]), [-1, 0, 0]))
+    generator = torch.Generator().manual_seed(4)
+    parts = [
+        (torch.randn(rows, 2, 8, generator=generator).bfloat16(), torch.randn(2, rows, generator=generator))
+        for rows in (12, 9)
+    ]
+    (own, own_lse), (prefix, prefix_lse) = [(out.double(), lse.double()) for out, lse in parts]
+    share = torch.sigmoid(own_lse[:, 3:] - prefix_lse).T[..., None]
+    expected = torch.cat([own[:3], share * own[3:] + (1 - share) * prefix])
+    calls = iter(parts)
+    heads = [torch.zeros(1, 2, 12, 8, dtype=torch.bfloat16)] * 3
+    actual = varlen_attention(lambda *args, **kwargs: next(calls), *heads, layout, None, None, None)[0]
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-6)  # one rounding, at the end
+
+
 def test_windows_are_said_by_the_keys_before_the_querys_own(monkeypatch):
     calls = []
     use(monkeypatch, "flash_attn", calls)
