@@ -1,6 +1,9 @@
 """Scoring while sampling: the same samples and targets, and the engine does not wait for the scorer."""
 
+import itertools
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from tests.fault_proxy import FaultProxy
 from tests.server_sampler import Trainer, make_prompts
 from tests.serving import shared_server
 from tests.tiny_run import TINY_RUN
+from tests.tiny_samples import make_samples
 from tests.tiny_words import NUM_WORDS, make_word_model, make_word_tokenizer
 
 
@@ -63,6 +67,27 @@ def test_packs_are_filled_before_they_are_scored(parts, monkeypatch):
     sizes = [sum(overlap.scored_tokens(s, together=True) for s in samples) for samples in scored_at_once]
     assert len(sizes) > 3 and max(sizes) <= 160
     assert all(a + b > 160 for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_a_sample_takes_the_tokens_of_all_its_views_or_of_its_longest():
+    sample = make_samples(1)[0]
+    lengths = [count + len(sample.rendered.prompt_ids) + sample.num_actions for count in (5, 0, 2)]
+    rendered = replace(sample.rendered, prefix_ids=tuple(np.zeros(n, dtype=np.int32) for n in (5, 0, 2)))
+    sample = replace(sample, rendered=rendered)
+    assert overlap.scored_tokens(sample, together=True) == sum(lengths)
+    assert overlap.scored_tokens(sample, together=False) == lengths[0]
+
+
+def test_samples_that_fill_a_pack_exactly_are_scored_together_and_all_scoring_is_timed(parts, monkeypatch):
+    config, sampler, frozen = parts
+    prompts = make_prompts(3)
+    lengths = [overlap.scored_tokens(s, together=True) for s in sample_responses(sampler, prompts, seed=3)]
+    clock = itertools.count()  # so that each scoring takes one second
+    monkeypatch.setattr(overlap, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for score_tokens, num_packs in ((sum(lengths), 1), (sum(lengths) - 1, 2), (max(lengths), 3)):
+        smaller = replace(config, packing=replace(config.packing, score_tokens=score_tokens))
+        _, score_s = together((smaller, sampler, frozen), prompts)
+        assert score_s == num_packs
 
 
 def test_each_rank_answers_and_scores_its_share(parts):

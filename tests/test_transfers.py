@@ -22,7 +22,7 @@ from inverseq.policy import Policy
 from inverseq.records import ScoredSamples
 from inverseq.steps import plan_steps
 from inverseq.targets import ScoringPacks, _contrast_models, _contrast_views
-from inverseq.transfers import copied_ahead, keep_together, read_behind
+from inverseq.transfers import copied_ahead, copied_to, keep_together, read_behind
 from tests.tiny import make_tiny_model
 from tests.tiny_samples import make_samples
 
@@ -210,3 +210,34 @@ def test_weights_that_are_kept_together_stay_the_same_and_fill_their_blocks(monk
     assert sorted(blocks.values()) == [4096] * 3  # 140 + 200 + 1188, then 4000 + 4, then 2048
     weights[0].data.fill_(7.0)
     assert all(torch.equal(weight.data, values) for weight, values in zip(weights[1:], before[1:], strict=True))
+
+
+def test_a_block_is_filled_to_its_end_and_a_larger_weight_has_one_of_its_own(monkeypatch):
+    monkeypatch.setattr(transfers, "BLOCK_BYTES", 4096)
+    sizes = (10, 1008, 1500, 20)  # 64 + 4032, 6016 and 128 bytes
+    weights = [torch.nn.Parameter(torch.full((size,), float(size))) for size in sizes]
+    keep_together(weights, pin_memory=False)
+    assert [weight.untyped_storage().nbytes() for weight in weights] == [4096, 4096, 6016, 4096]
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 3
+    assert [weight.unique().tolist() for weight in weights] == [[float(size)] for size in sizes]
+
+
+def test_blocks_are_pinned_where_that_is_asked_for(monkeypatch):
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=False, **kwargs: asked.append(pin_memory) or empty(*size, **kwargs)
+    )
+    for pin_memory in (False, True):
+        asked.clear()
+        keep_together([torch.nn.Parameter(torch.ones(3))], pin_memory=pin_memory)
+        assert asked[-1] is pin_memory
+
+
+def test_a_copy_to_cuda_goes_through_pinned_memory_and_is_not_waited_for():
+    def tensor(name, **more):
+        return SimpleNamespace(to=lambda device, non_blocking: (name, device, non_blocking), **more)
+
+    pageable = tensor("pageable", is_cuda=False, pin_memory=lambda: tensor("pinned"))
+    assert copied_to(pageable, "cuda") == ("pinned", "cuda", True)
+    assert copied_to(tensor("there", is_cuda=True), "cuda")[0] == "there"
+    assert copied_to(pageable, torch.device("cpu"))[0] == "pageable"
