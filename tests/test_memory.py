@@ -29,6 +29,7 @@ from inverseq.memory_zero import pinned_bytes
 from inverseq.packing import pack_views
 from tests.tiny import make_tiny_model
 from tests.tiny_samples import make_samples
+from tests.zero_memory_job import Live
 
 LLAMA_7B = LlamaConfig()
 GIB = 2**30
@@ -97,6 +98,20 @@ def test_the_activation_formula_is_what_autograd_keeps(tmp_path, dtype, checkpoi
     assert per_token == pytest.approx(measured, rel=0.1 if not checkpointing else 0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula_of_a_scoring_pack_is_the_most_that_a_forward_holds(tmp_path, dtype):
+    path = make_tiny_model(tmp_path / "m", layers=3)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME).eval()
+    [pack] = pack_views(make_samples(6, longest=60), (-1,), token_budget=1024)
+    layout = attention_layout(pack)
+    live = Live()
+    with torch.inference_mode(), live:
+        model.get_decoder()(pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, layout=layout)
+    config = load_config("demo", [f"packing.score_tokens={pack.num_tokens}"])
+    found = sizes_of(estimate(config, model_size(model.config), weight_bytes=dtype.itemsize))
+    assert found["activations, scoring pack"] == pytest.approx(live.peak, rel=0.06)
+
+
 def test_a_7b_model_in_bf16_takes_what_is_published_for_it():
     policy = model_size(LLAMA_7B)
     assert policy.num_parameters == 6_738_415_616
@@ -163,6 +178,22 @@ def test_zero_divides_what_its_stage_says_among_the_ranks():
     assert fp32["fp32 master weights"] == pytest.approx(4 * count / n, rel=1e-6)  # apart from the weights
 
 
+def test_layers_are_gathered_where_they_are_not_whole_and_the_policy_once_more_for_the_sampler():
+    config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
+
+    def parts(offload, world_size):
+        placement = Placement(3, offload, offload, "replicated", True)
+        return sizes_of(estimate(config, size, placement=placement, world_size=world_size))
+
+    gathered = 2 * (10**9 + 32000 * 4096 + 5 * 10**7 + 32000 * 4096)
+    for found in (parts(False, 8), parts(True, 8), parts(True, 1)):
+        assert found["gathered layers"] == gathered
+    assert "gathered layers" not in parts(False, 1)
+    for found in (parts(False, 1), parts(True, 8)):
+        assert found["whole copy of the policy"] == 2 * size.num_parameters
+        assert found["buffers of its gathering"] == 2 * 2 * 2**28  # one is filled, and copied out of another
+
+
 def test_frozen_models_are_whole_divided_or_on_the_gpu_for_scoring_only():
     config, size = load_config("zephyr-7b-beta"), model_size(LLAMA_7B)
 
@@ -189,7 +220,8 @@ def test_offload_moves_the_optimizer_and_then_the_weights_to_the_host():
     assert on_gpu["gradients"] == 4 * count  # DeepSpeed sums in fp32 on the GPU all the same
     assert "policy weights" in sizes_of([part for part in optimizer if not part.on_host])
     everything = estimate(config, size, placement=Placement(3, True, True, "replicated", True))
-    assert host_bytes_of(everything) > (2 + 4 + 8 + 4 + 4) * count  # and two sets of gradients
+    # Two sets of gradients are pinned: one whole, and one in sub-groups of 1e9 weights, six and a rest.
+    assert host_bytes_of(everything) == (2 + 4 + 8) * count + 2**35 + 6 * 2**32 + 2**32
     assert "gradients" not in sizes_of(everything)
     on_cpu = estimate(config, size, placement=Placement(3, True, True, "replicated", True), device_type="cpu")
     assert host_bytes_of(on_cpu) == 0
@@ -222,6 +254,19 @@ def test_the_ranks_of_a_host_share_a_cpus_memory_and_have_a_gpu_each():
     assert Hardware("g", "cuda", 64 * GIB, 64 * GIB, ranks_per_host=4).rank_bytes == 64 * GIB
 
 
+def test_a_rank_samples_its_share_of_an_epoch_together():
+    config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
+    assert (config.sampling.samples_per_epoch, config.sampling.batch_size) == (500, 64)
+    for world_size, together in ((1, 64), (8, 63), (500, 1), (1000, 1)):
+        found = sizes_of(estimate(config, size, world_size=world_size))
+        assert found["keys and values, sampling"] == together * 2024 * 32 * 2 * 4096 * 2
+
+
+def test_adapters_give_the_head_no_gradient():
+    config, size = load_config("vicuna-7b", ["policy.lora.rank=8"]), model_size(LLAMA_7B)
+    assert "head gradient accumulator" not in sizes_of(estimate(config, size))
+
+
 def test_an_engine_of_its_own_holds_a_copy_of_the_policy_on_each_gpu():
     config, size = load_config("vicuna-7b"), model_size(LLAMA_7B)
     apart = replace(config, sampling=replace(config.sampling, backend="lmdeploy"))
@@ -240,6 +285,11 @@ def test_scoring_while_sampling_is_counted_in_both_phases():
     for config, phases in ((apart, ("score",)), (both, ("sample", "score"))):
         parts = {part.name: part for part in estimate(config, size, placement=away, world_size=8)}
         assert parts["frozen model"].phases == parts["activations, scoring pack"].phases == phases
+
+
+def test_the_memory_of_a_gpu_is_what_it_has_and_not_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 80))
+    assert available_bytes("cuda") == 80
 
 
 def test_the_machines_memory_is_known_and_a_containers_limit_below_it_counts(tmp_path, monkeypatch):

@@ -88,6 +88,22 @@ def test_reductions_that_overlap_have_two_buckets_of_at_most_what_the_engine_ask
     assert found["reduction buckets"] == 2 * (1 + 1) * 2**28
 
 
+def test_of_a_share_beyond_buckets_and_sub_groups_the_engines_copy_what_they_work_on_at_a_time():
+    count, share, largest = 7 * 10**9, 35 * 10**8, SHAPE["hidden_size"] * VOCAB
+
+    def parts(stage, weight_bytes, device_type, offload=False):
+        hardware, size = Hardware("test", device_type, 2**40, None), replace(SIZE, num_parameters=count)
+        job = Job(load_config("vicuna-7b"), size, None, weight_bytes, 100, hardware, world_size=2)
+        placement = Placement(stage, offload, False, "replicated", False)
+        return {part.name: part.num_bytes for part in estimate_memory(job, placement)}
+
+    assert parts(2, 4, "cuda")["reduction buckets"] == 4 * (2 * 2**28 + share)  # the flat copy for the update
+    assert parts(1, 2, "cuda", offload=True)["gradients"] == 4 * (count + share)
+    assert parts(2, 2, "cpu")["temporaries of AdamW"] == 2 * 4 * share
+    assert parts(3, 2, "cpu")["temporaries of AdamW"] == 2 * 4 * 10**9  # one sub-group after the other
+    assert parts(3, 2, "cuda")["gradients of the update"] == 4 * (10**9 + largest)
+
+
 @pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (2**20, 2**20), (2**20 + 1, 2**21), (3 * 2**30, 2**32)])
 def test_pinned_memory_is_taken_in_powers_of_two(asked, taken):
     assert pinned_bytes(asked) == taken

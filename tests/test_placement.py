@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from inverseq.config_loading import load_config
+from inverseq.distributed import Ranks
 from inverseq.memory import GIB, Hardware, Job, estimate_memory, model_size, needed_bytes, peak_of_phases
 from inverseq.placement import (
     candidates,
@@ -175,6 +176,9 @@ def test_what_the_configuration_sets_stays():
     assert (placement.zero_stage, placement.frozen) == (3, "host")
     assert all(reason.endswith("(set)") for reason in placement.reasons)
     assert plan_placement(job(LLAMA_7B, "8x80GB", "engine.zero_stage=3", checkpointing=True)).zero_stage == 3
+    for keys in (["engine.offload_parameters=cpu"], ["engine.offload_parameters=cpu", "engine.offload_optimizer=none"]):
+        placement = plan_placement(job(LLAMA_7B, "8x80GB", *keys))
+        assert (placement.zero_stage, placement.offload_parameters, placement.offload_optimizer) == (3, True, False)
 
 
 def test_the_plain_engine_is_never_given_what_needs_deepspeed():
@@ -206,6 +210,8 @@ def test_every_choice_says_what_the_cheaper_one_would_need():
     assert "engine.frozen=sharded, as replicated would need" in reasons
     assert "model.gradient_checkpointing=true, as false would need" in reasons
     assert "engine.offload_optimizer=none\n" in reasons
+    reasons = plan_placement(job(LLAMA_7B, "4x40GB")).reasons
+    assert "engine.zero_stage=3, as 2 would need 45.8 of 33.4 GiB" in reasons  # and not 1, which would need more
 
 
 def test_a_problem_names_the_key_that_helps():
@@ -229,6 +235,22 @@ def test_a_smaller_pack_is_offered_where_activations_are_the_problem():
     )
     problem = problem_of(asked, plan_placement(asked))
     assert "set packing.train_tokens=8192" in problem and "set model.gradient_checkpointing=auto" in problem
+
+
+def test_a_pack_that_is_offered_holds_the_longest_sample():
+    asked = job(LLAMA_7B, "8x40GB", "packing.train_tokens=8000", checkpointing=False)
+    longest = asked.longest_prompt + asked.config.sampling.max_new_tokens - 1
+    assert longest == 2047 and "set packing.train_tokens=2047 " in problem_of(asked, plan_placement(asked))
+    keys = (
+        "packing.score_tokens=400000",
+        "packing.train_tokens=32768",
+        "engine.kind=torch",
+        "engine.frozen=replicated",
+    )
+    asked = job(SMOLLM2, Hardware("small", "cuda", 8 * GIB, None), *keys, checkpointing=True)
+    asked = dataclasses.replace(asked, longest_prompt=30000)
+    longest = 30000 + asked.config.sampling.max_new_tokens - 1
+    assert f"set packing.score_tokens={4 * longest} " in problem_of(asked, plan_placement(asked))
 
 
 def test_a_gpu_run_that_cannot_fit_is_refused_and_one_at_the_margin_is_not():
@@ -295,3 +317,24 @@ def test_a_real_run_is_placed_and_logged_or_refused_before_weights_are_read(tmp_
     monkeypatch.setattr("inverseq.placement.available_bytes", lambda device_type: 2**20)
     with pytest.raises(ValueError, match="the estimate does not fit"):
         place_run(resolve(load_config("demo", overrides)))
+
+
+def test_all_ranks_are_placed_for_the_smallest_of_their_machines_and_share_its_memory(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    told = []
+
+    class Second(Ranks):
+        def gather(self, value):
+            told.append(value)
+            return [dataclasses.replace(value, **first), value]
+
+    overrides = [f"model.path={make_tiny_model(tmp_path / 'tiny')}", f"run_dir={tmp_path}/run", "model.device=cpu"]
+    resolved, first = resolve(load_config("demo", overrides)), {}
+    place_run(resolved, Second(rank=1, world_size=2))
+    first = {"device_bytes": 2**20, "host_bytes": 2**20}
+    with pytest.raises(ValueError, match="the estimate does not fit"):
+        place_run(resolved, Second(rank=1, world_size=2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    first = {}
+    place_run(resolved, Second(rank=1, world_size=2))
+    assert [machine.ranks_per_host for machine in told] == [2, 2, 1]
