@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from inverseq import checkpoint, checkpoint_files
 from inverseq.checkpoint import (
     check_checkpoint,
     latest_checkpoint,
@@ -207,6 +208,50 @@ def test_a_spoilt_file_is_named_the_older_checkpoint_offered_and_nothing_changed
     assert len(fresh.optimizer.state) == 0
 
 
+def test_of_several_older_checkpoints_the_newest_complete_one_is_offered(tmp_path):
+    for epoch in (1, 2, 3):
+        path = Run().save(tmp_path, epoch, keep_last=3)
+    flip_a_bit(path / "rng.pt")
+    with pytest.raises(ValueError, match=r"older checkpoint \S+epoch_0002 is complete"):
+        Run().load(path)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    path = Run().save(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"state\.json: format 2; this version reads format 1"):
+        Run().load(path)
+
+
+def test_a_checksum_is_of_the_whole_file_however_it_is_read(tmp_path, monkeypatch):
+    content = bytes(range(256)) * 5
+    (tmp_path / "file").write_bytes(content)
+    for block_bytes in (1, 100, 256, len(content), len(content) + 1):
+        monkeypatch.setattr(checkpoint_files, "CHECKSUM_BLOCK_BYTES", block_bytes)
+        assert checkpoint_files.file_crc32(tmp_path / "file") == zlib.crc32(content)
+
+
+def test_numpys_second_normal_number_of_a_pair_is_restored(tmp_path):
+    run = Run()
+    for draws in (1, 2):
+        np.random.seed(draws)
+        np.random.randn(draws)
+        path = run.save(tmp_path)
+        expected = np.random.randn(3).tolist()
+        run.load(path)
+        assert np.random.randn(3).tolist() == expected
+
+
+def test_weights_that_lie_transposed_in_memory_are_written_and_restored(tmp_path):
+    run, fresh = Run(tied=False), Run(seed=3, tied=False)
+    for weight in (run.model.head.weight, fresh.model.embedding.weight):
+        weight.data = weight.detach().t().contiguous().t()
+        assert not weight.is_contiguous()
+    fresh.load(run.save(tmp_path))
+    assert_equal_bits(fresh.bits(), run.bits())
+
+
 def test_without_an_older_complete_checkpoint_the_error_says_so(tmp_path):
     path = Run().save(tmp_path)
     flip_a_bit(path / "rng.pt")
@@ -226,6 +271,12 @@ def test_weights_of_another_model_are_refused_before_anything_changes(tmp_path, 
     with pytest.raises(ValueError, match=r"model\.safetensors.*" + named):
         other.load(path)
     assert_equal_bits(other.bits(), before)
+
+
+def test_weights_that_the_model_does_not_have_are_refused(tmp_path):
+    path = Run(tied=False).save(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: holds other weights than the model.*head\.weight"):
+        Run().load(path)
 
 
 def test_a_pickle_that_runs_code_is_not_loaded_even_with_a_right_checksum(tmp_path):
