@@ -12,6 +12,8 @@ own prompt only (see ``inverseq.sampling_noise``).
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -113,7 +115,8 @@ class TransformersSampler:
         with torch.random.fork_rng(devices=devices), engine_mode(self.model, self.num_valid_vocab):
             manager, waiting = self.submit(prompts, seed, lengths)
             try:
-                manager.start()
+                with interrupts_held():  # one before the new thread runs would find no thread to end
+                    manager.start()
                 while waiting:
                     output = next_output(manager)
                     index = waiting.pop(output.request_id)
@@ -121,7 +124,11 @@ class TransformersSampler:
                         self.check(output.generated_tokens)
                     yield index, self.response(output.generated_tokens, seed)
             finally:
-                stop(manager, waiting)
+                try:
+                    stop(manager, waiting)
+                except KeyboardInterrupt:
+                    stop(manager, waiting)  # perhaps before the thread was told
+                    raise
 
     def submit(self, prompts: Sequence[RenderedPrompt], seed: int, lengths: Sequence[int] | None = None):
         """An engine that has all prompts and is not running yet, and the prompt's index of every request's name.
@@ -335,6 +342,23 @@ def use_prompt_noise(manager, prompts: Sequence[RenderedPrompt], names: dict[str
     names_of_all = dict(names)  # the caller takes out what is finished
     manager.logit_processor = base.ContinuousBatchingLogitsProcessorList([PromptNoise()])
     manager.logit_processor.tensors_required = 1
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let signals that have a handler in Python wait for the end of the block; they come to the main thread alone."""
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers if callable(signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def next_output(manager):

@@ -1,6 +1,8 @@
 """Sampling draws from the policy's own distribution, reproducibly, and leaves the model as it was."""
 
+import signal
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -249,6 +251,24 @@ def test_an_interrupt_of_the_caller_stops_the_engines_thread(error):
     with pytest.raises(error):
         sample_responses(make(model, max_new_tokens=50, batch_size=2), mixed_prompts(30), seed=0, advance=advance)
     assert Snapshot(model).state == before.state
+
+
+def test_an_interrupt_while_the_engines_thread_starts_stops_it_too(monkeypatch):
+    """The thread does not run at once, as on a busy machine; the caller waits for that."""
+    begin = threading.Thread._bootstrap_inner
+
+    def begin_late(thread):
+        if "generation_loop" in thread.name:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap_inner", begin_late)
+    model, handler = training_model(), signal.getsignal(signal.SIGINT)
+    before = Snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        sample_responses(make(model, max_new_tokens=50, batch_size=2), mixed_prompts(30), seed=0)
+    assert Snapshot(model).state == before.state and signal.getsignal(signal.SIGINT) == handler
 
 
 class BrokenSampler:
