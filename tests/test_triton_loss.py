@@ -232,13 +232,14 @@ def test_large_common_offset_changes_nothing(structure, dtype):
 
 
 @every_kind
-def test_words_with_bias_minus_infinity_have_no_gradient(structure, dtype):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_words_with_bias_minus_infinity_have_no_gradient(softcap, structure, dtype):
     case = make_case(7, 16, 300, dtype)
     case["bias"][128:256] = -math.inf  # a whole tile
     case["bias"][5] = -math.inf
     case["token_ids"] = torch.where(case["token_ids"] > 256, case["token_ids"], 7)
     case["token_ids"][0] = IGNORE_INDEX
-    _, _, _, weight_gradient, bias_gradient = check(case, structure=structure)
+    _, _, _, weight_gradient, bias_gradient = check(case, structure=structure, softcap=softcap)
     assert not weight_gradient[128:256].any() and not bias_gradient[128:256].any() and not weight_gradient[5].any()
 
 
