@@ -7,6 +7,7 @@ Every promise holds for both structures: tiles, and stored logits.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -18,6 +19,7 @@ from inverseq_kernels import torch_loss, triton_loss  # noqa: E402
 from inverseq_kernels.triton_blocks import LOGITS, TILES, Blocks, choose_logit_blocks  # noqa: E402
 from inverseq_kernels.triton_common import pitch_of  # noqa: E402
 from inverseq_kernels.triton_stored import stored_rows  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 # dtype, floor and cap of a gradient's relative error, log-prob rms error in nats
 ACCURACY = {
@@ -214,10 +216,18 @@ def test_tiles_of_one_row_may_lie_many_powers_of_two_apart(step, structure, dtyp
     check(case, structure=structure, blocks=None if structure == TILES else SEGMENTS)
 
 
-def test_rows_on_both_sides_of_an_offset_boundary_keep_their_gradient():
-    """The sum's exponent rounds up where its tiles' round down: 64 bits are 44.36 nats."""
+def test_rows_on_both_sides_of_an_offset_boundary_keep_their_gradient(monkeypatch):
+    """The sum's exponent rounds up where its tiles' round down: 64 bits are 44.36 nats. A GPU's exp2(-128) is 0."""
+    flushed = lambda self, bits: self.unary_op(bits, lambda x: np.exp2(np.where(x < -126, -np.inf, x)))  # noqa: E731
+    monkeypatch.setattr(InterpreterBuilder, "create_exp2", flushed)
     case = make_case(16, 16, 300, BF16, size=0.05)
     case["bias"].copy_(torch.linspace(40.0, 44.4, 300))
+    check(case, structure=TILES)
+
+
+def test_exponentials_just_below_a_power_of_two_do_not_overflow_fp16():
+    case = make_case(5, 16, 130, FP16, size=0.0)
+    case["bias"].fill_(24.953125)  # 35.99975 bits
     check(case, structure=TILES)
 
 
