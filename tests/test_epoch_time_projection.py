@@ -17,6 +17,7 @@ import epoch_time_projection as projection  # noqa: E402
 from epoch_time_report import CHIPS, Chip, epoch_work  # noqa: E402
 
 from inverseq.memory import model_size  # noqa: E402
+from inverseq.packing import plan_packs  # noqa: E402
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -69,6 +70,8 @@ def test_a_projection_says_so_everywhere_and_states_its_assumptions(tmp_path, ca
         assert said in text and said in row["assumptions"], said
     parts = [row[key] for key in ("sample_s", "score_s", "train_overlapped_s", "gather_s")]
     assert row["epoch_best_s"] == pytest.approx(sum(parts)) and row["epoch_worst_s"] > row["epoch_best_s"]
+    parts[2] = row["train_exposed_s"]
+    assert row["epoch_worst_s"] == pytest.approx(sum(parts))
     assert not list((tmp_path / "out").glob("*.png"))  # nothing projected is drawn beside what was measured
 
 
@@ -110,6 +113,14 @@ def test_flops_are_those_of_the_report():
     shape = inputs.PRESETS["tiny"]
     train = projection.flops_of(shape, policy, responses, factor=6, dots=1)
     assert train.sum() == pytest.approx(work.train_flops, rel=1e-12)
+    work = epoch_work(model, inputs.make_samples(500, vocab=512))
+    alone = projection.project(source(), model="tiny", num_gpus=1, chip=Chip(1e14, 1e30, 1e30))
+    assert alone.score_s == pytest.approx(work.score_flops / 1e14 / 0.5, rel=1e-12)
+    assert alone.train_exposed_s == pytest.approx(work.train_flops / 1e14 / 0.5, rel=1e-12)
+    shared = projection.project(source(), model="tiny", num_gpus=8, chip=Chip(1e14, 1e30, 1e30))
+    # As long as the rank with most to do, which is not far from the mean.
+    assert alone.score_s / 8 < shared.score_s < alone.score_s / 6
+    assert alone.train_exposed_s / 8 < shared.train_exposed_s < alone.train_exposed_s / 4
 
 
 def source(**changes):
@@ -139,6 +150,11 @@ def test_one_gpu_is_flops_over_rate_and_weights_over_bandwidth():
     assert responses.max() > responses.sum() / 64  # else the batch size would set the number of steps
     expected = (int(responses.max()) * 2 * parameters + tokens * cache) / 1e12
     assert slow_memory.sample_s == pytest.approx(expected)
+    sizes = [16] * 31 + [4]
+    plan = plan_packs(policy, token_budget=projection.TRAIN_TOKENS, step_sizes=sizes)
+    num_packs = sum(len(plan.packs(step, 0)) for step in range(32))
+    weights = 2 * parameters  # read three times a pack; an update moves 16 + 14 bytes a parameter
+    assert slow_memory.train_exposed_s == pytest.approx((num_packs * 3 * weights + 32 * 30 * parameters) / 1e12)
 
 
 def test_communication_and_uneven_ranks_cost_time():
