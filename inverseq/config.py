@@ -30,6 +30,8 @@ __all__ = [
     "iter_options",
 ]
 
+MAX_ALPHA = 1e20  # what the operations take, which are not imported here: --help shall not load torch
+
 
 def option(default, help: str):
     """A configuration field with its help text."""
@@ -91,7 +93,7 @@ class PolicyConfig:
 @dataclass(frozen=True)
 class ContrastConfig:
     kind: str = option("principle", "principle (same weights, two views) or model (same view, two sets of weights)")
-    alpha: float = option(1.4, "α of log π̂ ∝ α log π_w + (1 − α) log π_l; finite, any sign")
+    alpha: float = option(1.4, "α of log π̂ ∝ α log π_w + (1 − α) log π_l; up to 1e20, any sign")
     principle: str = option("default", "principle π_w reads: a shipped name, a text file, or nothing (kind=model)")
     plain_system: str | None = option(
         "", "system text of the plain view; empty is an explicit empty system message, null keeps the template's own"
@@ -107,14 +109,13 @@ class ContrastConfig:
             require(self.kind == "model", key, True, "false with contrast.kind=principle: there it is kl_to_plain")
             require(not self.refresh_every, key, True, "false with contrast.refresh_every: the initial model goes")
         one_of("contrast.kind", self.kind, ("principle", "model"))
-        require(math.isfinite(self.alpha), "contrast.alpha", self.alpha, "a finite number")
+        require(abs(self.alpha) <= MAX_ALPHA, "contrast.alpha", self.alpha, f"a finite number up to ±{MAX_ALPHA:g}")
         if self.kind == "model":
             require(bool(self.plain_model), "contrast.plain_model", self.plain_model, "a model for contrast.kind=model")
         else:
-            key = "contrast.plain_model"
-            require(not self.plain_model, key, self.plain_model, "nothing with contrast.kind=principle")
-            key = "contrast.principle"
-            require(bool(self.principle), key, self.principle, "a principle with contrast.kind=principle")
+            key, kind = "contrast.plain_model", "with contrast.kind=principle"
+            require(not self.plain_model, key, self.plain_model, f"nothing {kind}")
+            require(bool(self.principle), "contrast.principle", self.principle, f"a principle {kind}")
 
     @property
     def scores_views_together(self) -> bool:

@@ -6,7 +6,9 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inverseq_kernels import checks
 
+from inverseq import config as config_module
 from inverseq.config import Config, iter_options
 from inverseq.config_hints import OTHER_TRAINERS
 from inverseq.config_loading import config_differences, load_config, recipe_names, recipe_path, to_yaml
@@ -183,6 +185,7 @@ def test_a_server_is_described_whole(key, value, expectation):
         ("optim.betas=[0.9,x]", ("optim.betas='x'", "expected a number")),
         ("optim.weight_decay=inf", ("optim.weight_decay=inf", "expected")),
         ("contrast.alpha=nan", ("contrast.alpha=nan", "expected a finite number")),
+        ("contrast.alpha=1e300", ("contrast.alpha=1e+300", "expected a finite number up to ±1e+20")),
         ("contrast.alpha=-inf", ("contrast.alpha=-inf", "expected a finite number")),
         ("contrast.kind=modle", ("contrast.kind='modle'", "one of principle, model")),
         ("contrast.kl_to_initial=true", ("contrast.kl_to_initial=True", "false with contrast.kind=principle")),
@@ -359,3 +362,7 @@ def test_a_choice_of_words_may_be_written_as_yaml_reads_it(tmp_path):
     assert load_config(file) == config
     with pytest.raises(ValueError, match="engine.zero_stage='4': expected one of auto, 0, 1, 2, 3"):
         load_config(file, ["engine.zero_stage=4"])
+
+
+def test_the_largest_alpha_is_that_of_the_operations():
+    assert config_module.MAX_ALPHA == checks.MAX_ALPHA

@@ -14,6 +14,7 @@ from inverseq_kernels import (
     linear_logprob,
     squared_log_ratio_loss,
 )
+from inverseq_kernels.checks import MAX_ALPHA
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import kernels_oracle as oracle
@@ -81,6 +82,15 @@ def test_bad_arguments_raise_value_errors_that_name_them(name):
             )
 
 
+def test_the_largest_alpha_gives_finite_targets():
+    hidden, weight, token_ids = GOOD["hidden"], GOOD["weight"], torch.zeros_like(GOOD["token_ids"])
+    heads = (torch.ones_like(hidden), weight + 1.0, hidden, weight, token_ids)
+    for alpha in (MAX_ALPHA, -MAX_ALPHA):
+        assert contrastive_logprob(*heads, alpha).isfinite().all()
+        assert contrastive_logprob(*heads, torch.full((len(hidden),), alpha)).isfinite().all()
+        assert contrastive_logprob_sweep(*heads, alphas=[1.0, alpha]).isfinite().all()
+
+
 def test_bad_contrast_arguments_raise_value_errors_that_name_them():
     hidden, weight, token_ids = GOOD["hidden"], GOOD["weight"], GOOD["token_ids"]
     heads = (hidden, weight, hidden, weight, token_ids)
@@ -93,12 +103,16 @@ def test_bad_contrast_arguments_raise_value_errors_that_name_them():
         torch.tensor(1.4),
         torch.ones(3),
         torch.ones(2).half(),
+        1e300,
+        -1e21,
+        10**400,
     ):
         with pytest.raises(ValueError, match="alpha"):
             contrastive_logprob(*heads, alpha)
-    with pytest.raises(ValueError, match="alpha"):
-        contrastive_logprob(*heads, torch.tensor([1.0, math.nan]))
-    for alphas in ([], [1.0, math.nan], torch.ones(2), "1", None):
+    for alpha in (math.nan, -INFINITY, 1e21, -1e38):
+        with pytest.raises(ValueError, match=r"alpha\[1\] is .*, expected a finite number up to ±1e\+20"):
+            contrastive_logprob(*heads, torch.tensor([1.0, alpha]))
+    for alphas in ([], [1.0, math.nan], [1.0, 1e300], torch.ones(2), "1", None):
         with pytest.raises(ValueError, match="alphas"):
             contrastive_logprob_sweep(*heads, alphas=alphas)
     for name, bad in (

@@ -9,13 +9,13 @@ and win − lose of a judge. Losses and targets of different α are not comparab
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import MAX_ALPHA
 from .command import EvaluationError, Outcome, write_outcome
 
 __all__ = ["add_parser", "run"]
@@ -67,8 +67,8 @@ def parse_alphas(text: str) -> list[float]:
         alphas = [float(word) for word in text.split(",")]
     except ValueError:
         raise ValueError(f"--alphas {text}: expected numbers separated by commas") from None
-    if not all(map(math.isfinite, alphas)) or len(set(alphas)) != len(alphas):
-        raise ValueError(f"--alphas {text}: expected finite numbers, each once")
+    if not all(abs(alpha) <= MAX_ALPHA for alpha in alphas) or len(set(alphas)) != len(alphas):
+        raise ValueError(f"--alphas {text}: expected finite numbers up to ±{MAX_ALPHA:g}, each once")
     return alphas
 
 

@@ -1,7 +1,7 @@
 """Argument checks: shapes, dtypes and devices always; tensor values where that costs no synchronisation.
 
 Everything a caller can get wrong becomes a ValueError that names the argument, its value and what was
-expected. Values of tensors (ids in range, finite alpha, bias without NaN or +inf) are looked at on the
+expected. Values of tensors (ids in range, size of alpha, bias without NaN or +inf) are looked at on the
 CPU; on CUDA only when ``INVERSEQ_CHECK=1`` is set, and never while torch.compile traces.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+MAX_ALPHA = 1e20  # either sign: times logits of up to 1e9 it is over EMPTY_MAX, and finite in fp32
 HEAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -83,6 +84,22 @@ def is_number(value: object) -> bool:
     Compared, because torch.compile traces no ``math.isfinite`` of a number that changes from call to call.
     """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def check_alpha(name: str, alpha: object) -> None:
+    """Refuse an alpha, a Python number, under which fp32 logits would overflow."""
+    if not (is_number(alpha) and abs(alpha) <= MAX_ALPHA):
+        raise ValueError(
+            f"{name} must be finite and up to ±{MAX_ALPHA:g}, a number or (contrastive_logprob) [A] fp32, got {alpha!r}"
+        )
+
+
+def check_alpha_values(alpha: Tensor) -> None:
+    """The same of one alpha for each row."""
+    bad = ~(alpha.abs() <= MAX_ALPHA)  # NaN compares false
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(f"alpha[{row}] is {float(alpha[row])}, expected a finite number up to ±{MAX_ALPHA:g}")
 
 
 def check_settings(

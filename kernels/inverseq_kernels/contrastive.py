@@ -120,7 +120,7 @@ def contrastive_logprob(
 
     Equals ``(alpha * z_w.log_softmax(-1) + (1 - alpha) * z_l.log_softmax(-1)).log_softmax(-1)`` gathered
     at ``token_ids``, with z = hidden @ weight.T + bias in fp32, softcapped, divided by the temperature and
-    cut to ``num_valid_vocab`` words. ``alpha`` is any finite number, or one per row; 1 and 0 are exact.
+    cut to ``num_valid_vocab`` words. ``alpha`` is a number of size up to 1e20, or one per row; 1 and 0 are exact.
     Rows with IGNORE_INDEX give 0. With ``return_reference`` also log pi_l(y) [A] from the same pass.
     No gradient. Raises ValueError naming the argument. Source: Inverse-Q*, estimated superior policy.
 
@@ -131,8 +131,8 @@ def contrastive_logprob(
         dtype = checks.accumulate_dtype(hidden_w.dtype) if isinstance(hidden_w, Tensor) else torch.float32
         checks.check_head("_w", hidden_w, weight_w, bias_w)
         checks.check_rows("alpha", alpha, hidden_w, (dtype, torch.float32))
-        if checks.should_check_values(alpha) and not bool(alpha.isfinite().all()):
-            raise ValueError("alpha must be finite in every row")
+        if checks.should_check_values(alpha):
+            checks.check_alpha_values(alpha)
         alphas = alpha.detach()[None, :]
     else:
         alphas = _alpha_column("alpha", [alpha], hidden_w)
@@ -173,7 +173,11 @@ def contrastive_logprob_sweep(
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``contrastive_logprob`` for every alpha of a list from one pass over both heads: [len(alphas), A]."""
+    """``contrastive_logprob`` for every alpha of a list from one pass over both heads: [len(alphas), A].
+
+    With ``return_reference`` also log pi_l(y) [A]. No gradient. Raises ValueError naming the argument, also for an
+    empty list.
+    """
     if isinstance(alphas, (Tensor, str)) or not isinstance(alphas, Sequence) or len(alphas) == 0:
         raise ValueError(f"alphas must be a non-empty list of numbers, got {alphas!r}")
     targets, reference = _contrast(
@@ -197,10 +201,7 @@ def contrastive_logprob_sweep(
 def _alpha_column(name: str, alphas: Sequence[float], hidden: Tensor) -> Tensor:
     """[K, 1] tensor of Python numbers, made on the device without a synchronisation."""
     for alpha in alphas:
-        if not checks.is_number(alpha):
-            raise ValueError(
-                f"{name} must be finite, a number or (contrastive_logprob) [A] fp32, got {alpha!r}"
-            )
+        checks.check_alpha(name, alpha)
     checks.check_tensor("hidden_w", hidden, 2)
     dtype = checks.accumulate_dtype(hidden.dtype)
     return torch.cat([hidden.new_full((1, 1), float(alpha), dtype=dtype) for alpha in alphas])
