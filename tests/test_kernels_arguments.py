@@ -16,6 +16,7 @@ from inverseq_kernels import (
 )
 from inverseq_kernels.checks import MAX_ALPHA
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tests import kernels_oracle as oracle
 
@@ -80,6 +81,32 @@ def test_bad_arguments_raise_value_errors_that_name_them(name):
             contrastive_logprob(
                 hidden, weight, torch.zeros(2, 3), torch.zeros(4, 3), token_ids, 1.4, bias_w=bias, **arguments
             )
+
+
+def log_prob_sum(hidden, weight, bias):
+    return linear_logprob(hidden, weight, torch.tensor([1, 3]), bias=bias).sum()
+
+
+def loss_of(hidden, weight, bias):
+    token_ids, targets = torch.tensor([1, 3]), torch.tensor([-1.0, -2.0])
+    return squared_log_ratio_loss(hidden, weight, token_ids, targets, bias=bias, denominator=2.0)[0]
+
+
+@pytest.mark.parametrize("function", [log_prob_sum, loss_of])
+def test_a_tangent_is_refused_and_constants_under_forward_mode_are_not(function):
+    leaves = [torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True), torch.randn(4)]
+    for place, leaf in enumerate(leaves):
+
+        def of(value, place=place):
+            return function(*leaves[:place], value, *leaves[place + 1 :])
+
+        one = leaf.detach()
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(of, (one,), (torch.ones_like(one),))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            of(forward_ad.make_dual(one, torch.ones_like(one)))
+    primal, tangent = torch.func.jvp(lambda x: x * function(*leaves), (torch.tensor(2.0),), (torch.tensor(1.0),))
+    torch.testing.assert_close(primal, 2.0 * tangent)
 
 
 def test_the_largest_alpha_gives_finite_targets():

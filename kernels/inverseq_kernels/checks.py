@@ -11,6 +11,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IGNORE_INDEX = -100
 MAX_ALPHA = 1e20  # either sign: times logits of up to 1e9 it is over EMPTY_MAX, and finite in fp32
@@ -174,3 +175,16 @@ def forbid_double_backward(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor
         None if gradient is None else _NoSecondDerivative.apply(gradient.detach().requires_grad_())
         for gradient in gradients
     )
+
+
+def forbid_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuse tensors with a tangent (``torch.func.jvp``, ``jacfwd``, ``hessian``, dual tensors).
+
+    The operations are opaque to forward-mode differentiation, which would take their results for constants.
+    """
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "inverseq_kernels operations have no forward-mode derivative (torch.func.jvp, jacfwd, hessian): "
+                "take reverse mode, backward() or torch.autograd.grad"
+            )

@@ -175,6 +175,7 @@ def linear_logprob(
     ranks, ``token_ids`` and ``num_valid_vocab`` are global, and hidden's gradient is summed over ranks.
     """
     checks.check_head("", hidden, weight, bias)
+    checks.forbid_forward_mode(hidden, weight, bias)
     checks.check_rows("token_ids", token_ids, hidden, (torch.int64,))
     vocab_parallel.check_vocab_group(vocab_group, vocab_start)
     num_words, fewest = weight.shape[0], 1

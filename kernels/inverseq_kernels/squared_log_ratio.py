@@ -112,6 +112,7 @@ def squared_log_ratio_loss(
     may hold NaN targets. Raises ValueError naming the argument. Source: Inverse-Q*, Algorithm 1.
     """
     checks.check_head("", hidden, weight, bias)
+    checks.forbid_forward_mode(hidden, weight, bias)
     checks.check_rows("token_ids", token_ids, hidden, (torch.int64,))
     dtype = checks.accumulate_dtype(hidden.dtype)
     checks.check_rows("targets", targets, hidden, (torch.float32, dtype))
