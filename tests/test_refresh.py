@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from inverseq import trainer
 from inverseq.config_loading import load_config
+from inverseq.engine import TorchEngine
 from inverseq.model import load_model
 from inverseq.sample_files import held_out_path, read_samples, samples_path
 from inverseq.trainer import train
@@ -100,3 +101,13 @@ def test_weights_that_no_checkpoint_needs_are_removed_and_missing_ones_are_named
     (run / "frozen" / "epoch_0003.safetensors").unlink()
     with pytest.raises(ValueError, match="epoch_0003.safetensors: missing; without it the run cannot go on"):
         train(options(paths, "pruned", "contrast.refresh_every=1", "checkpoint.keep_last=1"), resume=True)
+
+
+def test_every_whole_copy_of_the_policy_is_freed_before_the_next_one_is_made(paths, monkeypatch):
+    """A plain engine makes none; under ZeRO-3 it is as large as the model."""
+    events = []
+    monkeypatch.setattr(TorchEngine, "full_model", lambda self: events.append("made") or self.policy.model)
+    monkeypatch.setattr(TorchEngine, "release_full_model", lambda self: events.append("freed"))
+    short = ("prompts.held_out=1", "sampling.samples_per_epoch=2", "sampling.max_new_tokens=3", "epochs=1")
+    train(options(paths, "copies", "contrast.refresh_every=1", *short))
+    assert len(events) >= 6 and events == ["made", "freed"] * (len(events) // 2)

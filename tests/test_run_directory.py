@@ -1,5 +1,6 @@
 """A run directory is new, or belongs to the configuration that is resumed; nothing is overwritten."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from inverseq.config_loading import load_config
-from inverseq.run_directory import check_run_directory, sole_writer, write_run_config
+from inverseq.run_directory import check_run_directory, is_locked_by_us, sole_writer, write_run_config
 
 
 def config_for(run_dir, *overrides):
@@ -87,6 +88,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     assert "cannot be written" in error_of(config_for(tmp_path / "run"))
 
 
+def test_a_run_that_can_no_longer_be_written_is_not_resumed(started_run, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to" in error_of(config_for(started_run), resume=True)
+
+
 def test_a_damaged_configuration_in_the_run_directory_is_reported(started_run):
     (started_run / "config.yaml").write_text("model: [")
     assert "cannot be read" in error_of(config_for(started_run), resume=True)
@@ -117,6 +123,30 @@ def test_only_one_process_writes_and_a_killed_one_lets_go(tmp_path):
     with sole_writer(config_for(run_dir), resume=True):
         pass
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_holds_nothing(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        assert is_locked_by_us(file, "run_dir='run'")
+        (tmp_path / ".lock").unlink()  # as by the process that held it
+        assert not is_locked_by_us(file, "run_dir='run'")
+
+
+def test_a_file_system_that_knows_no_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def fail(number):
+        def flock(file, operation):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+        monkeypatch.setattr("fcntl.flock", fail(number))
+        caplog.clear()
+        with sole_writer(config_for(tmp_path / "run"), resume=False):
+            assert "start no other run there" in caplog.text
+    monkeypatch.setattr("fcntl.flock", fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"), sole_writer(config_for(tmp_path / "run"), resume=False):
+        pass
 
 
 def test_a_run_begun_since_the_check_is_not_written_over(tmp_path):

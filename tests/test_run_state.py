@@ -1,13 +1,19 @@
-"""Which engine a run gets, and what neither can do."""
+"""Which engine a run gets, what neither can do, and what is checked and moved beside it."""
 
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from inverseq import run_state
 from inverseq.config_loading import load_config
 from inverseq.distributed import Ranks
 from inverseq.memory import Placement
-from inverseq.run_state import check_same_attention, engine_kind
+from inverseq.resolve import resolve
+from inverseq.run_state import State, build_state, check_same_attention, engine_kind
+from tests.tiny import make_tiny_model
+from tests.tiny_run import tiny_run_options
 
 ONE, TWO = Ranks(), Ranks(rank=1, world_size=2)
 
@@ -58,3 +64,38 @@ def test_ranks_whose_attention_would_round_apart_are_refused_by_all():
     for own in ("varlen", "flash_attn"):
         with pytest.raises(ValueError, match=r"is varlen on rank 0 and flash_attn on rank \d; .*set model\.attention"):
             check_same_attention(own, Three(rank=1, world_size=3))
+
+
+def test_every_model_of_a_run_is_checked_and_then_the_attention_of_all_ranks(tmp_path, monkeypatch):
+    class Two(Ranks):
+        """One rank that hears of another, whose attention is its own."""
+
+        def gather(self, value):
+            return [value, "flash_attn" if isinstance(value, str) else value]
+
+    policy, plain = (str(make_tiny_model(tmp_path / name, seed=seed)) for seed, name in enumerate(("policy", "plain")))
+    checked, check_head = [], run_state.check_head
+    monkeypatch.setattr(
+        run_state, "check_head", lambda model, *rest: (checked.append(model.name_or_path), check_head(model, *rest))
+    )
+    contrast = ("contrast.kind=model", f"contrast.plain_model={plain}", "contrast.principle=")
+    options = tiny_run_options(f"model.path={policy}", f"run_dir={tmp_path / 'run'}", *contrast)
+    with pytest.raises(ValueError, match="sdpa on rank 0 and flash_attn on rank 1"):
+        build_state(resolve(load_config("demo", options)), Two())
+    assert sorted(checked) == sorted([policy, plain])
+
+
+def test_frozen_weights_on_the_host_come_to_the_device_and_go_home_again_whatever_happens():
+    home = [SimpleNamespace(to=lambda device, non_blocking: f"there, on {device}") for _ in range(3)]
+    weights = [SimpleNamespace(data=data) for data in home]
+    state = SimpleNamespace(
+        frozen=SimpleNamespace(parameters=lambda: iter(weights)),
+        engine=SimpleNamespace(device="cuda"),
+        policy=SimpleNamespace(model=torch.nn.Linear(1, 1)),
+    )
+    for where, seen in (("host", ["there, on cuda"] * 3), ("replicated", home), ("sharded", home)):
+        state.placement = SimpleNamespace(frozen=where)
+        with pytest.raises(KeyboardInterrupt), State.frozen_on_device(state) as frozen:
+            assert frozen is state.frozen and [weight.data for weight in weights] == seen
+            raise KeyboardInterrupt
+        assert [weight.data for weight in weights] == home
