@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +113,21 @@ def test_a_fault_that_passes_is_waited_out(files, fault, monkeypatch):
     assert summary["num_counted"] == 12 and summary["num_unreadable"] == summary["num_unanswered"] == 0
     assert summary["num_requests"] == 28 or (isinstance(fault, Hang) and summary["num_requests"] > 28)
     assert len(server.asked) == summary["num_requests"]
+
+
+def test_an_interrupt_while_questions_are_handed_out_asks_none_of_those_that_wait(files, monkeypatch):
+    submit, submitted = ThreadPoolExecutor.submit, []
+
+    def submit_or_interrupt(pool, *task):
+        submitted.append(task)
+        if len(submitted) == 20:
+            raise KeyboardInterrupt
+        return submit(pool, *task)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_or_interrupt)
+    with JudgeServer(lambda text, number: Hang(0.5)) as server:
+        assert judge(files, server.url, "--concurrency", "1") == 130
+        assert len(server.asked) < 10
 
 
 def test_a_rate_limit_holds_for_every_thread(files):

@@ -308,8 +308,9 @@ def ask_all(
         return reply
 
     with ThreadPoolExecutor(settings.concurrency) as pool:
-        running = {pool.submit(ask, key): key for key in open_questions}
-        try:
+        running: dict[Future, str] = {}
+        try:  # what has been submitted would all be asked before an interrupt leaves the pool
+            running.update((pool.submit(ask, key), key) for key in open_questions)
             collect(answers, running, advance, stop=lambda: give_up(client, running))
         except BaseException:
             give_up(client, running)
