@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from inverseq.evaluation.cli import main
-from inverseq.evaluation.judge_client import retry_after_s
+from inverseq.evaluation.judge_client import JudgeClient, retry_after_s
 from inverseq.evaluation.pairwise import read_verdicts
 from tests.judge_server import (
     CutOff,
@@ -130,11 +130,21 @@ def test_an_interrupt_while_questions_are_handed_out_asks_none_of_those_that_wai
         assert len(server.asked) < 10
 
 
-def test_a_rate_limit_holds_for_every_thread(files):
+def test_a_rate_limit_holds_for_every_thread(files, monkeypatch):
+    limited, back_off = threading.Event(), JudgeClient.back_off
+
+    def back_off_and_tell(*arguments):
+        back_off(*arguments)
+        limited.set()
+
+    monkeypatch.setattr(JudgeClient, "back_off", back_off_and_tell)
+
     def limit_first(text, number):
         if number == 0:
             return Status(429, retry_after="1.5")
-        return Hang(0.7, by_length(text)) if number < 3 else by_length(text)  # on their way while the limit arrives
+        if number < 3:  # on their way while the limit arrives
+            limited.wait(600)
+        return by_length(text)
 
     with JudgeServer(limit_first) as server:
         assert judge(files, server.url, "--concurrency", "3") == 0
