@@ -261,7 +261,7 @@ def test_forced_responses_have_their_samples_lengths(bench):
     assert bench.policy.config._attn_implementation == variants.ATTENTION_NAME
 
 
-def test_a_side_that_runs_out_of_memory_is_a_result(bench, monkeypatch):
+def test_a_side_that_runs_out_of_memory_is_a_result(bench, ours, monkeypatch):
     def fail(bench):
         raise torch.OutOfMemoryError("no room\nat all")
 
@@ -272,6 +272,8 @@ def test_a_side_that_runs_out_of_memory_is_a_result(bench, monkeypatch):
     assert [text.split(": ")[1] for text in told[::4]] == ["score, baseline", "train, baseline"]
     assert found.phases["score", "baseline"].failure == "out of memory: no room"
     assert found.phases["train", "ours"].wall_s and found.phases["train", "baseline"].wall_s
+    first, last = (ours[1][index].loss for index in (0, -1))
+    assert found.losses["ours"] == pytest.approx(first, rel=1e-3) != last  # of the first step
     work = report.epoch_work(bench.policy, bench.samples)
     rows = report.make_rows(
         found, work, chip=None, facts={"measured": True}, ladder=[(r.switched_on, r.scorer, r.trainer) for r in LADDER]
