@@ -14,6 +14,7 @@ from inverseq.evaluation.pairwise import (
     read_verdicts,
     summarize,
 )
+from inverseq.evaluation.readers import turn_id
 
 VERDICTS = ("a", "b", "tie", None)
 
@@ -110,6 +111,47 @@ def test_bootstrap_intervals_hold_the_truth_about_as_often_as_they_say():
         for key, truth in (("win", 0.5), ("win_rate", 0.6), ("lose", 0.3)):
             covered[key] += summary[key]["low"] <= truth <= summary[key]["high"]
     assert all(0.89 <= number / count <= 0.99 for number in covered.values()), covered
+
+
+def two_turns(rng, count, *, shared):
+    """Outcomes [count, 2] of questions with two turns; the second ends as the first did with chance ``shared``."""
+    outcomes = rng.random((count, 2)) < 0.6
+    outcomes[:, 1] = np.where(rng.random(count) < shared, outcomes[:, 0], outcomes[:, 1])
+    return outcomes
+
+
+def turn_matches(outcomes, name):
+    rows = [
+        verdict(name(question, turn), order, "a" if won else "b")
+        for question, turns in enumerate(outcomes)
+        for turn, won in enumerate(turns, 1)
+        for order in ("ab", "ba")
+    ]
+    return combine_orders(rows)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.9], ids=["independent turns", "turns that end alike"])
+def test_intervals_over_questions_with_two_turns_cover_the_truth(shared):
+    rng, count, covered = np.random.default_rng(3), 150, {"questions": 0, "turns": 0}
+    for seed in range(count):
+        outcomes = two_turns(rng, 80, shared=shared)
+        matches = turn_matches(outcomes, lambda question, turn: turn_id(f"mt-bench-{question}", turn))
+        apart = turn_matches(outcomes, lambda question, turn: f"{question}-{turn}")
+        for key, found in (("questions", summarize(matches, seed=seed)), ("turns", summarize(apart, seed=seed))):
+            assert found["win"]["value"] == outcomes.mean()
+            covered[key] += found["win"]["low"] <= 0.6 <= found["win"]["high"]
+    assert 0.92 <= covered["questions"] / count <= 0.98, covered
+    assert (covered["turns"] / count < 0.88) == bool(shared), covered
+
+
+def test_turns_that_end_alike_are_worth_one_match_a_question():
+    for won in (np.ones(20), np.arange(20) % 3 > 0):
+        both = turn_matches(np.stack([won, won], 1), lambda question, turn: turn_id(str(question), turn))
+        one = turn_matches(won[:, None], lambda question, turn: str(question))
+        lengths = np.arange(20) % 7 - 3.0
+        summaries = summarize(both, lengths.repeat(2)), summarize(one, lengths)
+        for key in ("win", "win_rate", "win_minus_lose", "flip_rate", "length_controlled_win_rate"):
+            assert summaries[0][key] == pytest.approx(summaries[1][key], abs=2e-3), key
 
 
 def test_an_interval_is_as_wide_as_theory_says():

@@ -15,6 +15,7 @@ from inverseq.evaluation.bradley_terry import ELO_SCALE, fit_bradley_terry, rate
 from inverseq.evaluation.cli import main
 from inverseq.evaluation.elo import online_elo
 from inverseq.evaluation.pairwise import Match, Verdict
+from inverseq.evaluation.readers import turn_id
 
 STRENGTHS = {"m0": 0.0, "m1": 0.4, "m2": -0.3, "m3": 1.0, "m4": 0.7}
 
@@ -79,6 +80,17 @@ def test_intervals_cover_the_truth_in_92_to_98_percent_of_400_tournaments(shared
                 total += 1
     assert total == 1600
     assert 0.92 <= covered / total <= 0.98, covered / total
+
+
+def test_intervals_cover_the_truth_where_the_turns_of_a_question_end_alike():
+    rng, covered, truth = np.random.default_rng(5), {"questions": 0, "turns": 0}, 400 * math.log10(0.6 / 0.4)
+    for _ in range(300):
+        won = (rng.random(80) < 0.6).astype(float)
+        for kind, name in (("questions", turn_id), ("turns", lambda question, turn: f"{question}-{turn}")):
+            matches = [match("x", "y", s, name(f"q{key}", turn)) for key, s in enumerate(won) for turn in (1, 2)]
+            best = next(each for each in rate(matches, anchor="y", anchor_rating=0.0) if each.model == "x")
+            covered[kind] += best.low <= truth <= best.high
+    assert 0.92 <= covered["questions"] / 300 <= 0.98 and covered["turns"] / 300 < 0.88, covered
 
 
 def test_unreadable_matches_do_not_move_a_rating():

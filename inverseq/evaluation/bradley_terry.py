@@ -2,8 +2,9 @@
 
 P(i beats j) = σ(θ_i − θ_j); a tie counts as half a win for each. The strengths are the maximum-likelihood ones (of the
 logistic regression of wins on the models' difference), found by Newton's method. Intervals are of the difference to
-the anchor, from the sandwich covariance with one cluster a prompt: answers to one prompt in several matches are not
-independent, and ties vary less than the wins they stand for. Ratings are on Elo's scale, 400 / ln 10 a unit of θ.
+the anchor, from the sandwich covariance with one cluster a question: answers to one question in several matches, and in
+its several turns, are not independent, and ties vary less than the wins they stand for. Ratings are on Elo's scale,
+400 / ln 10 a unit of θ.
 
 After Hunter, "MM algorithms for generalized Bradley–Terry models", Annals of Statistics 32 (2004), for existence and
 uniqueness; White (1980) and Liang and Zeger (1986) for the covariance.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .pairwise import Match
+from .readers import question_of
 
 __all__ = ["ELO_SCALE", "Rating", "Strengths", "fit_bradley_terry", "rate"]
 
@@ -83,7 +85,7 @@ def fit_bradley_terry(matches: Sequence[Match], *, anchor: str, prior: float = 0
     if not prior:
         check_finite(models, pairs, scores)
     theta, information = newton(pairs, scores, len(models), index[anchor], prior)
-    clusters = np.unique([match.id for match in counted], return_inverse=True)[1]
+    clusters = np.unique([question_of(match.id) for match in counted], return_inverse=True)[1]
     covariance = sandwich(pairs, scores, theta, information, clusters, index[anchor], prior)
     return Strengths(models, theta, covariance, int(clusters.max()) + 1)
 

@@ -2,8 +2,9 @@
 
 A match is one prompt answered by two models. Where both orders were asked, both verdicts must agree; a disagreement is
 a tie, so that a judge who follows position alone finds nothing but ties. A match with an unreadable verdict counts for
-nothing and is reported. Intervals are percentiles of a seeded bootstrap over matches. Where all matches end alike the
-bootstrap has no spread; an outcome unseen in n matches may then have the probability u with (1 − u)ⁿ = 2.5 %.
+nothing and is reported. Intervals are percentiles of a seeded bootstrap over questions: the turns of a question, which
+answer to each other, are drawn together. Where all matches end alike the bootstrap has no spread; an outcome unseen in
+n questions may then have the probability u with (1 − u)ⁿ = 2.5 %.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic import read_jsonl
+from .readers import question_of
 
 __all__ = [
     "Interval",
@@ -150,7 +152,9 @@ def summarize(
     """
     kept = [index for index, match in enumerate(matches) if match.score is not None]
     scores = np.array([matches[index].score for index in kept])
-    flips = np.array([matches[index].flipped for index in kept if matches[index].flipped is not None], dtype=float)
+    questions = number_questions([matches[index] for index in kept])
+    both_orders = [matches[index] for index in kept if matches[index].flipped is not None]
+    flips = np.array([[match.flipped] for match in both_orders], dtype=float).reshape(-1, 1)
     decided = sum(match.num_decided for match in matches)
     result: dict[str, Any] = {
         "num_matches": len(matches),
@@ -158,15 +162,18 @@ def summarize(
         "num_unreadable": len(matches) - len(kept),
     }
     outcomes = np.stack([scores == 1, scores == 0.5, scores == 0, scores], 1).astype(float)
-    intervals = bootstrap_means(outcomes, seed) + bootstrap_means(2 * scores[:, None] - 1, seed, lowest=-1.0)
+    intervals = bootstrap_means(outcomes, questions, seed)
+    intervals += bootstrap_means(2 * scores[:, None] - 1, questions, seed, lowest=-1.0)
     for name, interval in zip(("win", "tie", "lose", "win_rate", "win_minus_lose"), intervals, strict=True):
         result[name] = _plain(interval)
-    result["flip_rate"] = _plain(bootstrap_means(flips[:, None], seed)[0])
+    result["flip_rate"] = _plain(bootstrap_means(flips, number_questions(both_orders), seed)[0])
     result["first_position_rate"] = sum(match.first_wins for match in matches) / decided if decided else None
     if length_differences is not None:
         differences = np.array([length_differences[index] for index in kept], dtype=float)
         result["mean_length_difference"] = float(differences.mean()) if len(kept) else None
-        result["length_controlled_win_rate"] = _plain(length_controlled_win_rate(scores, differences, seed=seed))
+        result["length_controlled_win_rate"] = _plain(
+            length_controlled_win_rate(scores, differences, questions, seed=seed)
+        )
     return result
 
 
@@ -174,31 +181,44 @@ def _plain(interval: Interval | None) -> dict[str, float] | None:
     return None if interval is None else asdict(interval)
 
 
+def number_questions(matches: Sequence[Match]) -> np.ndarray:
+    """The number of each match's question, [n] int64, in the order in which they come first."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(question_of(match.id), len(numbers)) for match in matches], dtype=np.int64)
+
+
 @lru_cache(maxsize=2)
-def bootstrap_weights(count: int, seed: int) -> np.ndarray:
-    """How often each of ``count`` matches is drawn in each resample, [RESAMPLES, count] float64, not to be changed."""
+def bootstrap_counts(count: int, seed: int) -> np.ndarray:
+    """How often each of ``count`` questions is drawn in each resample, [RESAMPLES, count] float64, not to change."""
     drawn = np.random.default_rng([seed, count]).integers(count, size=(RESAMPLES, count))
     drawn += np.arange(RESAMPLES)[:, None] * count
     return np.bincount(drawn.ravel(), minlength=RESAMPLES * count).reshape(RESAMPLES, count).astype(float)
 
 
-def bootstrap_means(values: np.ndarray, seed: int, lowest: float = 0.0) -> list[Interval | None]:
+def bootstrap_weights(questions: np.ndarray, seed: int) -> np.ndarray:
+    """How often each match is drawn in each resample of the questions [n] int, [RESAMPLES, n] float64."""
+    return bootstrap_counts(int(questions.max()) + 1, seed)[:, questions]
+
+
+def bootstrap_means(
+    values: np.ndarray, questions: np.ndarray, seed: int, lowest: float = 0.0
+) -> list[Interval | None]:
     """Mean and interval of each column of ``values`` [n, columns], numbers from ``lowest`` to 1; None when n is 0."""
-    count = len(values)
-    if count == 0:
+    if len(values) == 0:
         return [None] * values.shape[1]
-    means = bootstrap_weights(count, seed) @ values / count
+    weights = bootstrap_weights(questions, seed)
+    means = weights @ values / weights.sum(1, keepdims=True)
     intervals: list[Interval | None] = []
     for column, resampled in zip(values.T, means.T, strict=True):
         if np.ptp(column) == 0:
-            intervals.append(constant_interval(float(column[0]), count, lowest))
+            intervals.append(constant_interval(float(column[0]), int(questions.max()) + 1, lowest))
         else:
             intervals.append(Interval(float(column.mean()), *percentiles(resampled)))
     return intervals
 
 
 def constant_interval(value: float, count: int, lowest: float = 0.0) -> Interval:
-    """The interval of a mean when all ``count`` matches gave ``value``: the unseen pulls towards ``lowest`` or 1."""
+    """The interval of a mean when all ``count`` questions gave ``value``: the unseen pulls towards ``lowest`` or 1."""
     unseen = 1 - ((1 - LEVEL) / 2) ** (1 / count)
     return Interval(value, value - unseen * (value - lowest), value + unseen * (1 - value))
 
@@ -208,22 +228,26 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def length_controlled_win_rate(scores: np.ndarray, differences: np.ndarray, *, seed: int = 0) -> Interval | None:
+def length_controlled_win_rate(
+    scores: np.ndarray, differences: np.ndarray, questions: np.ndarray | None = None, *, seed: int = 0
+) -> Interval | None:
     """Win rate of a (ties half) at equal answer lengths, from a logistic regression; None when it cannot be told.
 
     P(a wins) = σ(θ + φ tanh(d / s)), d the difference of lengths [n] and s its root mean square; the rate is σ(θ). This
     is AlpacaEval 2's model (Dubois et al. 2024, arXiv 2404.04475) without its term for a prompt's difficulty. It
     exchanges with the models: that of b is 1 minus that of a. It cannot be told where all differences are equal and not
-    zero: no match then says what happens at equal length.
+    zero: no match then says what happens at equal length. ``questions`` [n] numbers the question of each match; without
+    them each match has its own.
     """
     count = len(scores)
+    questions = np.arange(count) if questions is None else questions
     scale = float(np.sqrt(np.mean(np.square(differences)))) if count else 0.0
     shift = np.tanh(differences / scale) if scale > 0 else np.zeros(count)
     if count == 0 or (scale > 0 and np.ptp(shift) < 1e-9):
         return None
     if np.ptp(scores) == 0:
-        return constant_interval(float(scores[0]), count)
-    weights = bootstrap_weights(count, seed)
+        return constant_interval(float(scores[0]), int(questions.max()) + 1)
+    weights = bootstrap_weights(questions, seed)
     estimate = fit_length_model(scores, shift, np.ones((1, count)))[0, 0]
     resampled = fit_length_model(scores, shift, weights)[:, 0]
     return Interval(float(_sigmoid(estimate)), *percentiles(_sigmoid(resampled)))

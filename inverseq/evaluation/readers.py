@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "Question",
     "Responses",
     "pair_up",
+    "question_of",
     "read_categories",
     "read_questions",
     "read_responses",
@@ -347,6 +349,11 @@ def _iter_categories(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
 def turn_id(id: str, turn: int) -> str:
     """The id of the answer to a question's first turn (1) or to a later one."""
     return id if turn == 1 else f"{id}-turn-{turn}"
+
+
+def question_of(id: str) -> str:
+    """The id of the question that an answer is to, whatever its turn: what ``turn_id`` was given."""
+    return re.sub(r"-turn-[1-9][0-9]*$", "", id)
 
 
 def _some(ids: Sequence[str]) -> str:
