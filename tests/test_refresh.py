@@ -1,6 +1,7 @@
 """contrast.refresh_every: the policy takes the place of μ, targets follow, and a stopped run goes on alike."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from inverseq import trainer
 from inverseq.config_loading import load_config
 from inverseq.engine import TorchEngine
 from inverseq.model import load_model
-from inverseq.sample_files import held_out_path, read_samples, samples_path
+from inverseq.run_state import remove_refreshed
+from inverseq.sample_files import eval_path, held_out_path, read_samples, samples_path
 from inverseq.trainer import train
 from tests.tiny import make_tiny_model
 from tests.tiny_run import tiny_run_options
@@ -89,10 +91,15 @@ def test_a_stopped_run_goes_on_with_the_refreshed_model(paths, run_dir, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(options(paths, "stopped"))
     monkeypatch.setattr(trainer, "run_epoch", original)
+    answers = [eval_path(paths[2] / "stopped", epoch) for epoch in (1, 2, 3, 10)]
+    answers[0].parent.mkdir(exist_ok=True)
+    for path in answers:
+        path.touch()
     stopped = train(options(paths, "stopped"), resume=True)
     for name in ("export/model.safetensors", "samples/epoch_0003.jsonl"):
         assert (stopped / name).read_bytes() == (run_dir / name).read_bytes(), name
     assert held_out_metric(stopped) == held_out_metric(run_dir)
+    assert [path.exists() for path in answers] == [True, True, False, False], "answers of epochs that were undone"
 
 
 def test_weights_that_no_checkpoint_needs_are_removed_and_missing_ones_are_named(paths):
@@ -101,6 +108,18 @@ def test_weights_that_no_checkpoint_needs_are_removed_and_missing_ones_are_named
     (run / "frozen" / "epoch_0003.safetensors").unlink()
     with pytest.raises(ValueError, match="epoch_0003.safetensors: missing; without it the run cannot go on"):
         train(options(paths, "pruned", "contrast.refresh_every=1", "checkpoint.keep_last=1"), resume=True)
+
+
+def test_what_a_kept_checkpoint_would_be_resumed_with_stays(tmp_path):
+    config = load_config("demo", [f"run_dir={tmp_path}", "contrast.refresh_every=2"])
+    for epoch in (4, 5, 6):
+        (tmp_path / "checkpoints" / f"epoch_{epoch:04d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"epoch_{epoch:04d}" / "state.json").touch()
+    (tmp_path / "frozen").mkdir()
+    for epoch in (2, 4, 6):
+        (tmp_path / "frozen" / f"epoch_{epoch:04d}.safetensors").touch()
+    remove_refreshed(SimpleNamespace(config=config, run_dir=tmp_path, epoch=6))
+    assert sorted(path.stem for path in (tmp_path / "frozen").iterdir()) == ["epoch_0004", "epoch_0006"]
 
 
 def test_every_whole_copy_of_the_policy_is_freed_before_the_next_one_is_made(paths, monkeypatch):

@@ -99,3 +99,22 @@ def test_frozen_weights_on_the_host_come_to_the_device_and_go_home_again_whateve
             assert frozen is state.frozen and [weight.data for weight in weights] == seen
             raise KeyboardInterrupt
         assert [weight.data for weight in weights] == home
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_state_recomputes_activations_as_placed_and_plans_all_updates(tmp_path, recomputed):
+    words = (f"model.gradient_checkpointing={str(recomputed).lower()}", "optim.schedule=linear", "epochs=3")
+    options = tiny_run_options(f"model.path={make_tiny_model(tmp_path / 'm')}", f"run_dir={tmp_path / 'run'}", *words)
+    state = build_state(resolve(load_config("demo", options)), ONE)  # 6 samples an epoch, 4 an update
+    state.log.close()
+    modules = state.policy.model.modules()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in modules) is recomputed
+    [factor] = state.engine.scheduler.lr_lambdas
+    assert [factor(update) for update in (0, 3, 6)] == [1.0, 0.5, 0.0]
+    assert not any(weight.requires_grad for weight in state.frozen.parameters())
+
+
+def test_seconds_of_phases_are_reported_once():
+    state = SimpleNamespace(memory=SimpleNamespace(row=lambda: {"peak": 1}), durations_s={"train_duration_s": 2.0})
+    assert State.phase_row(state) == {"peak": 1, "train_duration_s": 2.0}
+    assert State.phase_row(state) == {"peak": 1}
