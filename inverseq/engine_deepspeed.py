@@ -11,12 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,38 +23,17 @@ from transformers import PreTrainedModel
 from .config import OptimConfig
 from .distributed import Ranks
 from .engine import NonFiniteError, accumulate, describe_non_finite, learning_rate_factor, step_metrics
-from .integrations.versions import check_version
 from .model import FrozenPair
 from .policy import Policy
 from .records import PackedViews, StepMetrics, TrainStep
+from .zero_loading import load_deepspeed, numel_of
 from .zero_options import GATHER_NUMEL, zero_config
 
-__all__ = ["DeepSpeedEngine", "check_deepspeed", "shard_frozen"]
+__all__ = ["DeepSpeedEngine", "frozen_engine"]
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 # A gathered copy runs other kernels than the trainer's forward; equal weights agree to rounding.
 COPY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats, largest of the probe's tokens
-
-
-def check_deepspeed() -> None:
-    """Raise ValueError when the package is missing or older than what was tested."""
-    check_version("deepspeed", extra="deepspeed", what="engine.kind='deepspeed'")
-
-
-def load_deepspeed(device: torch.device) -> Any:
-    """The module, ready for this device: with a process group, without a compiler, and silent."""
-    check_deepspeed()
-    if not dist.is_initialized():  # one process without a launcher: DeepSpeed would ask for MPI
-        os.environ.setdefault("LOCAL_RANK", "0")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # An all-reduce for inference that training never calls; it would be compiled by the first run.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 class DeepSpeedEngine:
@@ -75,7 +51,9 @@ class DeepSpeedEngine:
         offload_parameters: bool = False,
         probe: PackedViews | None = None,
     ):
-        """Shard ``policy``, whose weights are the same on all ranks. ``probe`` checks gathered copies of the weights.
+        """Train ``policy``, whose weights are the same on all ranks, or spread over them as ``load_sharded`` does it.
+
+        ``probe`` checks gathered copies of the weights.
 
         Stage 0 (data parallelism) runs as stage 1, which moves as much and holds less. Raises ValueError without the
         package, and for parameters on the host below stage 3.
@@ -107,7 +85,8 @@ class DeepSpeedEngine:
             offload_optimizer=offload_optimizer,
             offload_parameters=offload_parameters,
             max_grad_norm=optim.max_grad_norm,
-            weights=trained,
+            num_trained=sum(map(numel_of, trained)),
+            dtype=self.dtype,
             device=self.device,
         )
         # Some of its optimizers print their memory.
@@ -285,18 +264,19 @@ def groups_of(pairs, max_numel: int) -> Iterator[list]:
         yield group
 
 
-def shard_frozen(frozen: FrozenPair, device: torch.device) -> nn.Module:
-    """The pair with its weights spread over the ranks (ZeRO-3); they are gathered layer by layer for each forward.
-
-    Weights in host memory come to ``device`` one after the other, each leaving its part there.
-    """
+def frozen_engine(frozen: FrozenPair, device: torch.device) -> nn.Module:
+    """The pair, of models from ``load_sharded``, behind an engine that gathers their layers for each forward."""
     weights = list(frozen.parameters())
     config = zero_config(
-        3, offload_optimizer=False, offload_parameters=False, max_grad_norm=0.0, weights=weights, device=device
+        3,
+        offload_optimizer=False,
+        offload_parameters=False,
+        max_grad_norm=0.0,
+        num_trained=sum(map(numel_of, weights)),
+        dtype=weights[0].dtype,
+        device=device,
     )
-    deepspeed = load_deepspeed(device)
-    deepspeed.zero.Init(module=frozen, config_dict_or_path=config)  # ``initialize`` would move the whole pair first
     with buffers_kept(frozen):
-        engine, *_ = deepspeed.initialize(model=frozen, config=config, dist_init_required=False)
+        engine, *_ = load_deepspeed(device).initialize(model=frozen, config=config, dist_init_required=False)
     engine.eval()
     return engine

@@ -4,8 +4,8 @@ Every part is a stated formula of the models' shapes, the configuration and the 
 parameters, b the bytes of a weight (4 in fp32, 2 in bf16), N the number of ranks, M the size of the largest weight, the
 other letters are the project's legend (T tokens of a pack, D, V) with I the MLP's width and Q and KV the widths of all
 query and key heads. What DeepSpeed holds is in ``memory_zero``. Left out: what torch itself takes (about 0.5 GiB on a
-CPU; ``Hardware.usable_bytes`` keeps it free on CUDA), fragmentation, the temporaries of single operations, the loading
-of the models, and what checkpoints and exports copy to the host.
+CPU; ``Hardware.usable_bytes`` keeps it free on CUDA), fragmentation, the temporaries of single operations, pages of the
+weights' files, which the system may drop, and what checkpoints and exports copy to the host.
 """
 
 from __future__ import annotations
@@ -154,18 +154,20 @@ def adapter_parameters(size: ModelSize, lora: LoraConfig) -> int:
 
 def frozen_parts(job: Job, placement: Placement) -> list[MemoryPart]:
     """The frozen models; those kept on the host are moved to the device to score. Under LoRA μ is the policy's base."""
-    models = [("frozen model", job.policy.num_parameters, "a copy of the initial policy")]
+    # What is not copied from a policy that stands on the device passes through it, like what is moved there to score.
+    loaded = ("load",) * (placement.zero_stage == 3)
+    models = [("frozen model", job.policy.num_parameters, "a copy of the initial policy", loaded)]
     if job.config.policy.lora.rank:
         models = []
     if job.plain is not None:
-        models.append(("frozen plain model", job.plain.num_parameters, "π_l"))
+        models.append(("frozen plain model", job.plain.num_parameters, "π_l", ("load",)))
     parts = []
-    for name, count, what in models:
+    for name, count, what, loaded in models:
         num_bytes = count * job.weight_bytes
         if placement.frozen == "sharded":
             parts.append(MemoryPart(name, -(-num_bytes // job.world_size), PHASES, f"b·P/N, {what}"))
         elif placement.frozen == "host" and job.on_gpu:
-            parts.append(MemoryPart(name, num_bytes, scoring(job), f"b·P, {what}; on the host otherwise"))
+            parts.append(MemoryPart(name, num_bytes, (*loaded, *scoring(job)), f"b·P, {what}; on the host otherwise"))
             parts.append(MemoryPart(f"{name}, host", num_bytes, PHASES, f"b·P, {what}", on_host=True))
         else:
             parts.append(MemoryPart(name, num_bytes, PHASES, f"b·P, {what}"))
@@ -173,14 +175,17 @@ def frozen_parts(job: Job, placement: Placement) -> list[MemoryPart]:
 
 
 def gathered_parts(job: Job, placement: Placement) -> list[MemoryPart]:
-    """What sharding costs beside its reductions: gathered layers, and the whole copy that a sampler is given.
+    """What sharding costs beside its reductions: gathered weights, and the whole copy that a sampler is given.
 
-    A layer is gathered into one buffer and copied out of it; of one rank it is used where it is.
+    Weights are gathered into one buffer and copied out of it, of one rank used where they are: one module's while a
+    model is read, layers while it is run.
     """
     b, policy, stage = job.weight_bytes, job.policy, placement.zero_stage
     count, largest = policy.num_parameters, policy.hidden * max(policy.vocab, policy.intermediate)
     parts = []
     sharded_frozen = placement.frozen == "sharded"
+    if stage == 3 or sharded_frozen:
+        parts.append(MemoryPart("weights as they are read", 2 * b * largest, ("load",), "2·b·M, one after the other"))
     if (stage == 3 or sharded_frozen) and (job.world_size > 1 or placement.offload_parameters):
         live = b * (min(count, LIVE_NUMEL + largest) + min(count, PREFETCH_NUMEL + largest))
         phases = scoring(job) * sharded_frozen + ("train",) * (stage == 3)

@@ -9,8 +9,9 @@ from .config import Config
 
 __all__ = ["FP32", "GIB", "PHASES", "Hardware", "Job", "MemoryPart", "ModelSize", "Placement", "Trained"]
 
-# train: forward and backward; update: the reductions behind a step's last backward, clipping and AdamW.
-PHASES = ("sample", "score", "train", "update")
+# load: until a run's models and its engine stand; train: forward and backward; update: the reductions behind a step's
+# last backward, clipping and AdamW.
+PHASES = ("load", "sample", "score", "train", "update")
 FP32 = 4
 GIB = 2**30
 # Of a GPU: the CUDA context, NCCL's buffers and cuBLAS's workspaces, and the share that fragmentation may take.

@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import logging
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,15 @@ __all__ = [
     "FrozenPair",
     "Head",
     "action_hidden",
+    "check_finite",
     "check_head",
+    "check_heads",
     "enable_gradient_checkpointing",
+    "first_line",
     "frozen_copy",
     "head_of",
     "load_model",
+    "read_model",
     "resolve_device",
     "resolve_dtype",
 ]
@@ -61,7 +66,18 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
-    """Load a causal language model with packed attention and without dropout, from safetensors only.
+    """Load a causal language model with packed attention and without dropout, from safetensors only, to its device.
+
+    Raises ValueError as ``read_model`` does, and for weights that are not finite.
+    """
+    device = resolve_device(config)
+    model = read_model(path, config, **placed_as_read(device))
+    check_finite(path, model.parameters())
+    return model.to(device)
+
+
+def read_model(path: str | Path, config: ModelConfig, **placement) -> PreTrainedModel:
+    """``load_model`` without a look at the weights' values; ``placement`` are keywords of ``from_pretrained``.
 
     Dropout and router jitter are off because targets and policy must be the same function of the weights: with them, a
     policy equal to its target would have a loss. Raises ValueError when the weights cannot be read or are not all
@@ -82,28 +98,38 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
-            **placed_as_read(device),
+            **placement,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
     others = [f"{name} ({tuple(there)} for {tuple(wanted)})" for name, there, wanted in info["mismatched_keys"]]
     absent = sorted({*info["missing_keys"], *others})
     if absent:
         raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError(f"{path}: the weights hold numbers that are not finite")
     turn_off_noise(model)
     model.packed_attention_backend = config.attention
     if config.fused_layers:
         fuse_layers(model)
-    return model.to(device).eval()
+    return model.eval()
+
+
+def check_finite(path: str | Path, weights: Iterable[Tensor]) -> None:
+    """Raise ValueError when a weight of the model at ``path`` holds a number that is not finite."""
+    if not all(weight.isfinite().all() for weight in weights):
+        raise ValueError(f"{path}: the weights hold numbers that are not finite")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of transformers says first; the whole in short when its first line only announces the rest."""
+    line = str(error).strip().partition("\n")[0].rstrip()
+    return textwrap.shorten(str(error), 300, placeholder=" …") if line.endswith(":") else line
 
 
 def _load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
 
 
 def turn_off_noise(model: PreTrainedModel) -> None:
@@ -186,16 +212,9 @@ def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) 
     Raises ValueError when either differs: an architecture that shapes its logits in a way ``Head`` does not know, or
     whose layers mix what stands in one pack, would otherwise train on wrong log-probabilities without a word.
     """
-    head = head_of(model, num_valid_vocab)
-    pack = pack.to(head.weight.device)
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    pack = pack.to(model.device)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
     _check_samples_stay_apart(model, pack, tolerance)
-    logits_AV = action_hidden(model, pack)[-1].float() @ head.weight.float().T
-    if head.bias is not None:
-        logits_AV += head.bias.float()
-    if head.softcap is not None:
-        logits_AV = head.softcap * torch.tanh(logits_AV / head.softcap)
-    logits_AV /= head.temperature
     own_TV = model(
         input_ids=pack.input_ids[None],
         position_ids=pack.position_ids[None],
@@ -203,6 +222,14 @@ def check_head(model: PreTrainedModel, pack: PackedViews, num_valid_vocab: int) 
         layout=_layout(model, pack),
     ).logits[0]
     own_AV = own_TV.index_select(0, pack.action_index[-1]).float()
+    hidden_AD = action_hidden(model, pack)[-1].float()
+    head = head_of(model, num_valid_vocab)  # behind the forwards: an engine that gathers a tied one releases it there
+    logits_AV = hidden_AD @ head.weight.float().T
+    if head.bias is not None:
+        logits_AV += head.bias.float()
+    if head.softcap is not None:
+        logits_AV = head.softcap * torch.tanh(logits_AV / head.softcap)
+    logits_AV /= head.temperature
     scale = own_AV.abs().max().clamp(min=1.0)
     error = ((logits_AV - own_AV).abs().max() / scale).item()
     if not error < tolerance:
@@ -263,3 +290,10 @@ class FrozenPair(nn.Module):
     @property
     def shares_weights(self) -> bool:
         return self.better is self.plain
+
+
+def check_heads(frozen: FrozenPair, pack: PackedViews, num_valid_vocab: int) -> None:
+    """``check_head`` of both models; where their weights are gathered, ``frozen(check_heads, …)`` is inside forward."""
+    check_head(frozen.better, pack, num_valid_vocab)
+    if not frozen.shares_weights:
+        check_head(frozen.plain, pack, num_valid_vocab)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from .config import Config, ModelConfig
 from .distributed import Ranks
 from .fused_layers import check_fused_layers
 from .lora import check_lora
-from .model import resolve_device, resolve_dtype
+from .model import first_line, resolve_device, resolve_dtype
 from .packing import write_pack
 from .prompt_files import ReadReport, load_prompts
 from .prompts import PromptStream
@@ -245,12 +244,6 @@ def load_tokenizer(key: str, path: str, config: ModelConfig) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged tokenizer.json fails in any way, with KeyError for one
         raise ValueError(f"{key}={path!r}: the tokenizer cannot be loaded: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error of transformers says first; the whole in short when its first line only announces the rest."""
-    line = str(error).strip().partition("\n")[0].rstrip()
-    return textwrap.shorten(str(error), 300, placeholder=" …") if line.endswith(":") else line
 
 
 def count_valid_vocab(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, path: str) -> int:

@@ -22,13 +22,21 @@ from .checkpoint_sharded import is_sharded, load_named_checkpoint, save_sharded_
 from .config import Config
 from .distributed import Ranks
 from .engine import Engine, TorchEngine
-from .engine_deepspeed import DeepSpeedEngine, check_deepspeed, shard_frozen
+from .engine_deepspeed import DeepSpeedEngine, frozen_engine
 from .freshness import Freshness
 from .lora import AdapterlessPair, adapters_off, add_adapters, has_adapters
 from .memory import Placement
 from .memory_peaks import PeakMemory
 from .metrics import MetricsLog
-from .model import FrozenPair, check_head, enable_gradient_checkpointing, frozen_copy, load_model, resolve_device
+from .model import (
+    FrozenPair,
+    check_head,
+    check_heads,
+    enable_gradient_checkpointing,
+    frozen_copy,
+    load_model,
+    resolve_device,
+)
 from .placement import place_run
 from .policy import Policy
 from .progress import Progress
@@ -40,6 +48,7 @@ from .sampling_ahead import SamplesAhead
 from .sampling_transformers import stop_token_ids
 from .steps import step_sizes
 from .transfers import keep_together
+from .zero_loading import check_deepspeed, load_sharded
 
 __all__ = ["State", "build_state", "last_refresh", "refresh_frozen", "restore", "save"]
 
@@ -111,25 +120,19 @@ def build_state(resolved: Resolved, ranks: Ranks) -> State:
     placement = place_run(resolved, ranks)  # ValueError when it cannot fit
     kind = engine_kind(config, placement, ranks)
     memory = PeakMemory(resolve_device(config.model), placement.phase_bytes)
-    plain = load_plain(resolved, placement)
-    initial = load_model(resolved.model_path, config.model)
-    check_head(initial, resolved.probe_pack(), resolved.num_valid_vocab)
-    check_same_attention(backend_of(initial), ranks)
-    if config.policy.lora.rank:
-        add_adapters(initial, config.policy.lora, seed=config.seed)
-    frozen = build_frozen(initial, plain, placement)
-    if placement.gradient_checkpointing:
-        enable_gradient_checkpointing(initial)
-    policy = Policy(initial, resolved.num_valid_vocab, config.engine)
-    sampler = make_sampler(
-        config.sampling,
-        initial,
-        resolved.tokenizer,
-        num_valid_vocab=resolved.num_valid_vocab,
-        weights_dir=resolved.run_dir / "weights",
-        is_main=ranks.is_main,
-    )
-    engine = make_engine(kind, policy, resolved, ranks, placement)
+    with memory.phase("load"):
+        initial, frozen = load_models(kind, resolved, placement, ranks)
+        sampler = make_sampler(
+            config.sampling,
+            initial,
+            resolved.tokenizer,
+            num_valid_vocab=resolved.num_valid_vocab,
+            weights_dir=resolved.run_dir / "weights",
+            is_main=ranks.is_main,
+        )
+        policy = Policy(initial, resolved.num_valid_vocab, config.engine)
+        engine = make_engine(kind, policy, resolved, ranks, placement)
+    memory.row()  # logged; no row of metrics is about it
     return State(
         config=config,
         ranks=ranks,
@@ -209,30 +212,55 @@ def engine_kind(config: Config, placement: Placement, ranks: Ranks) -> str:
     return kind
 
 
-def load_plain(resolved: Resolved, placement: Placement) -> PreTrainedModel | None:
-    """π_l of the model contrast, checked; in host memory when it shall not stand whole on the device."""
-    if resolved.plain_model_path is None:
-        return None
-    plain = load_model(resolved.plain_model_path, resolved.config.model)
-    check_head(plain, resolved.probe_pack(), resolved.num_valid_vocab)
-    if placement.frozen != "replicated":
-        for weight in plain.parameters():
-            weight.data = weight.data.cpu()
-    return plain
+def load_models(
+    kind: str, resolved: Resolved, placement: Placement, ranks: Ranks
+) -> tuple[PreTrainedModel, FrozenPair]:
+    """What the policy starts as, for an engine of this kind, and the frozen pair."""
+    config, path = resolved.config, resolved.model_path
+    is_sharded = kind == "deepspeed" and placement.zero_stage == 3
+    if is_sharded:
+        initial = load_sharded(path, config.model, ranks=ranks, offload_parameters=placement.offload_parameters)
+    else:
+        initial = load_whole(path, resolved)
+    check_same_attention(backend_of(initial), ranks)
+    if config.policy.lora.rank:
+        add_adapters(initial, config.policy.lora, seed=config.seed)
+    frozen = build_frozen(resolved, placement, ranks, None if is_sharded else initial)
+    if placement.gradient_checkpointing:
+        enable_gradient_checkpointing(initial)
+    return initial, frozen
 
 
-def build_frozen(initial: PreTrainedModel, plain: PreTrainedModel | None, placement: Placement) -> FrozenPair:
-    """π_w and π_l, from the initial policy and for the model contrast another model, where the placement says.
+def load_whole(path: str, resolved: Resolved, home: str | None = None) -> PreTrainedModel:
+    """A model on the device, whose head is one that the operations know; afterwards its weights go ``home``."""
+    model = load_model(path, resolved.config.model)
+    check_head(model, resolved.probe_pack(), resolved.num_valid_vocab)
+    for weight in model.parameters() if home else ():
+        weight.data = weight.data.to(home)
+    return model
 
-    One that shall not stand whole on the device never does beside the policy: it is copied to the host at once.
+
+def build_frozen(
+    resolved: Resolved, placement: Placement, ranks: Ranks, initial: PreTrainedModel | None
+) -> FrozenPair:
+    """π_w and π_l where the placement says: what the policy starts as, and for the model contrast another model.
+
+    ``initial`` is the policy where this rank has it whole; else its file is read again. What is sharded is never whole.
     """
-    if has_adapters(initial):
-        return AdapterlessPair(initial, plain)
-    better = frozen_copy(initial, None if placement.frozen == "replicated" else "cpu")
-    frozen = FrozenPair(better, better if plain is None else plain)
+    config, path, plain_path = resolved.config.model, resolved.model_path, resolved.plain_model_path
     if placement.frozen == "sharded":
-        return shard_frozen(frozen, initial.device)
-    if placement.frozen == "host" and initial.device.type == "cuda":
+        better = load_sharded(path, config, ranks=ranks)
+        plain = better if plain_path is None else load_sharded(plain_path, config, ranks=ranks)
+        frozen = frozen_engine(FrozenPair(better, plain), resolve_device(config))
+        frozen(check_heads, resolved.probe_pack(), resolved.num_valid_vocab)
+        return frozen
+    home = "cpu" if placement.frozen == "host" else None
+    plain = None if plain_path is None else load_whole(plain_path, resolved, home)
+    if initial is not None and has_adapters(initial):
+        return AdapterlessPair(initial, plain)
+    better = load_whole(path, resolved, home) if initial is None else frozen_copy(initial, home)
+    frozen = FrozenPair(better, better if plain is None else plain)
+    if placement.frozen == "host" and resolve_device(config).type == "cuda":
         keep_together(frozen.parameters(), pin_memory=True)
     return frozen
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = [
     "GATHER_NUMEL",
@@ -35,16 +33,20 @@ def zero_config(
     offload_optimizer: bool,
     offload_parameters: bool,
     max_grad_norm: float,
-    weights: Sequence[Tensor],
+    num_trained: int,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for these weights, which have one dtype, and the device that computes."""
+    """DeepSpeed's configuration for weights of one dtype, of which so many are trained, and the device that computes.
+
+    Several functions read only a part of it; one configuration keeps them from contradicting each other.
+    """
     on_cuda = device.type == "cuda"
     host = {"device": "cpu", "pin_memory": on_cuda}
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": on_cuda,
-        "reduce_bucket_size": reduce_bucket_numel(sum(weight.numel() for weight in weights)),
+        "reduce_bucket_size": reduce_bucket_numel(num_trained),
         "sub_group_size": SUB_GROUP_NUMEL,
         "stage3_max_live_parameters": LIVE_NUMEL,
         "stage3_max_reuse_distance": LIVE_NUMEL,
@@ -62,7 +64,7 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    if weights[0].dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         # ZeRO-1 would keep the 16-bit gradients of a whole micro-batch beside their fp32 sums.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

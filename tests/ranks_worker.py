@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar
 
-from inverseq import trainer
+from inverseq import run_state, trainer
 from inverseq.config import Config
 from inverseq.config_loading import load_config
 from inverseq.distributed import Ranks, init_ranks
@@ -27,7 +31,9 @@ from inverseq.resolve import resolve
 from inverseq.run_state import State, build_state
 from inverseq.sample_files import read_samples, samples_path
 from inverseq.steps import plan_steps
+from inverseq.zero_loading import load_sharded
 from tests.ranks_jobs import cut_back
+from tests.zero_memory_job import Live
 
 
 def train(config: Config, ranks: Ranks, job: dict) -> None:
@@ -115,22 +121,84 @@ def nothing_else_is_partitioned(config: Config, ranks: Ranks, job: dict) -> None
     state.engine.release_full_model()
 
 
-def frozen_weights_are_spread_one_by_one(config: Config, ranks: Ranks, job: dict) -> None:
-    """DeepSpeed, which moves a whole model to the device, is given a frozen pair whose weights have left already."""
+def no_rank_holds_a_whole_model(config: Config, ranks: Ranks, job: dict) -> None:
+    """What is sharded as it is read is what ``load_model`` reads: weights, buffers, other dtypes, names of an export.
+
+    Beside its parts a rank makes two copies of one weight and what it takes to look for infinities in it. Rank 0 maps
+    the file, whose pages are no copy.
+    """
     import deepspeed
 
-    initialize, numel = deepspeed.initialize, {}
+    for name in job["models"]:
+        path, model_config = Path(config.model.path).parent / name, replace(config.model, dtype=job["dtype"])
+        whole = load_model(path, model_config)
+        with Live() as live:
+            model = load_sharded(path, model_config, ranks=ranks)
+        for part, expected in zip(tensors_of(model), tensors_of(whole), strict=True):
+            with deepspeed.zero.GatheredParameters([part[1]]):
+                assert part[0] == expected[0] and torch.equal(part[1], expected[1]), (name, part[0])
+                assert part[1].dtype == expected[1].dtype, (name, part[0])
+        assert model.generation_config.to_dict() == whole.generation_config.to_dict()
+        ties = [each.get_input_embeddings().weight is each.get_output_embeddings().weight for each in (model, whole)]
+        assert ties[0] == ties[1], name
+        sizes = [weight.nbytes for weight in whole.parameters()]
+        mine, mapped = sum(sizes) / ranks.world_size, (path / "model.safetensors").stat().st_size * ranks.is_main
+        assert mine <= live.total < 1.1 * mine, (name, live.total, mine)
+        assert live.peak - mapped < 1.1 * mine + 4.5 * max(sizes), (name, live.peak, mine)
+        assert name != "deep" or live.peak - mapped < 0.8 * sum(sizes)
+        if ranks.is_main:
+            saved = [revert_weight_conversion(each, dict(whole.state_dict())) for each in (model, whole)]
+            assert saved[0].keys() == saved[1].keys(), name
+        ranks.barrier()
 
-    def watched(*, model, **options):
-        numel[type(model).__name__] = sum(weight.numel() for weight in model.parameters())
-        return initialize(model=model, **options)
 
-    deepspeed.initialize = watched
-    try:
-        state, _ = state_of(replace(config, engine=replace(config.engine, frozen="sharded")), ranks, job)
-    finally:
-        deepspeed.initialize = initialize
-    assert numel["FrozenPair"] == 0 < numel["Policy"] == sum(w.ds_numel for w in state.frozen.parameters())
+def tensors_of(model) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def a_run_that_shards_everything_loads_nothing_whole(config: Config, ranks: Ranks, job: dict) -> None:
+    """Policy and frozen model are read as parts, and the head of what nobody has whole is checked all the same."""
+    config = replace(config, engine=replace(config.engine, frozen="sharded"))
+
+    def load_wrongly(*arguments, **options):
+        model = load_sharded(*arguments, **options)
+        model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+        return model
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_state, "load_model", None)
+        state, _ = state_of(config, ranks, job)
+        for model in (state.policy.model, state.frozen.better):
+            assert not any(layer.mlp.up_proj.weight.numel() for layer in model.get_decoder().layers)
+        patched.setattr(run_state, "load_sharded", load_wrongly)
+        with pytest.raises(ValueError, match="this architecture's head is not supported"):
+            build_state(resolve(config), ranks)
+
+
+def damaged_weights_are_refused_by_all(config: Config, ranks: Ranks, job: dict) -> None:
+    """Only rank 0 reads values and compares shapes; no rank is left waiting."""
+    name, folder = "model.layers.1.mlp.up_proj.weight", Path(config.model.path).with_name("damaged")
+    damages = {
+        "missing or of another shape: " + name: lambda weights: weights.pop(name),
+        "size mismatch for lm_head.weight": lambda weights: weights.update({"lm_head.weight": torch.zeros(512, 32)}),
+        "not finite": lambda weights: weights[name].view(-1)[7:8].fill_(float("nan")),
+    }
+    for said, damage in damages.items():
+        if ranks.is_main:
+            shutil.copytree(config.model.path, folder, dirs_exist_ok=True)
+            weights = load_file(folder / "model.safetensors")
+            damage(weights)
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        ranks.barrier()
+        try:
+            load_sharded(folder, config.model, ranks=ranks)
+        except ValueError as error:
+            assert said in str(error) and str(folder) in str(error), error
+        else:
+            raise AssertionError(f"{said}: was not noticed")
+        ranks.barrier()
+    whole = load_model(config.model.path, config.model)  # and a failure leaves nothing that shards what comes next
+    assert all(weight.numel() for weight in whole.parameters())
 
 
 def a_damaged_part_is_found_by_all(config: Config, ranks: Ranks, job: dict) -> None:

@@ -12,12 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from inverseq.engine_deepspeed import check_deepspeed
 from inverseq.integrations import versions
 from inverseq.integrations.causal_lm import CausalLMLogprobs, check_gathered
 from inverseq.integrations.hf_trainer import NextTokenLoss
 from inverseq.integrations.trl import LinearLogprob
 from inverseq.lora import check_lora
+from inverseq.zero_loading import check_deepspeed
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parent.parent

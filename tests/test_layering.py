@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "inverseq_kernels"
 # What every stage may import, apart from the kernels.
 FOUNDATION = {"records", "config", "attention", "model", "packing", "atomic", "distributed"}
 FOUNDATION |= {"attention_layout", "attention_sdpa", "attention_varlen", "attention_flex"}
-FOUNDATION |= {"architecture", "fused_layers", "lora", "transfers", "zero_options"}
+FOUNDATION |= {"architecture", "fused_layers", "lora", "transfers", "zero_loading", "zero_options"}
 # Only these know the order of the stages, or read the configuration for all of them.
 COMPOSING = {"trainer", "cli", "dry_run", "resolve", "run_directory", "config_loading", "placement"}
 COMPOSING |= {"run_state", "overlap", "__init__", "__main__"}

@@ -194,6 +194,21 @@ def test_layers_are_gathered_where_they_are_not_whole_and_the_policy_once_more_f
         assert found["buffers of its gathering"] == 2 * 2 * 2**28  # one is filled, and copied out of another
 
 
+def test_what_is_sharded_is_read_one_weight_after_the_other_and_never_stands_whole():
+    config, size = load_config("zephyr-7b-beta"), model_size(LLAMA_7B)
+    largest = 2 * 4096 * 32000
+    for stage, frozen in ((3, "sharded"), (3, "replicated"), (2, "sharded"), (2, "replicated")):
+        parts = estimate(config, size, size, placement=Placement(stage, False, False, frozen, True), world_size=8)
+        kept = sum(part.num_bytes for part in parts if part.phases == PHASES)
+        reading = 2 * largest if stage == 3 or frozen == "sharded" else 0
+        assert peak_of_phases(parts)["load"] == kept + reading
+    # Frozen models for the host pass through the GPU, but for a copy of a policy that stands there.
+    for stage, num_loaded in ((3, 2), (2, 1)):
+        parts = estimate(config, size, size, placement=Placement(stage, False, False, "host", True), world_size=8)
+        loaded = [part.num_bytes for part in parts if part.name.startswith("frozen") and part.phases[0] == "load"]
+        assert loaded.count(2 * size.num_parameters) - 2 == num_loaded  # two more are their homes on the host
+
+
 def test_frozen_models_are_whole_divided_or_on_the_gpu_for_scoring_only():
     config, size = load_config("zephyr-7b-beta"), model_size(LLAMA_7B)
 

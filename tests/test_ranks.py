@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from inverseq import trainer
 from inverseq.checkpoint_sharded import load_named_checkpoint
@@ -48,6 +48,8 @@ OVERRIDES = [
 CONTRASTS = {"principle": [], "model": ["contrast.kind=model", "contrast.plain_model={root}/sft"]}
 SAMPLING = ["sampling.backend=transformers", "sampling.replay_path="]
 LORA = ["policy.lora.rank=4", "policy.lora.alpha=16", "optim.lr=1e-2"]
+EXPERTS = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+EXPERTS |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}  # one tensor each in the file
 ONE_SAMPLE = ["sampling.samples_per_epoch=1", "prompts.held_out=1", "epochs=1"]
 # reference run: (policy, contrast, overrides)
 REFERENCES = {
@@ -120,7 +122,9 @@ ENGINE_JOBS = {  # (action, overrides)
     "gradients under ZeRO-1": ("no_16_bit_gradient_stays", 1),
     "a wrong copy": ("a_wrong_copy_is_noticed", 3),
     "only the policy is partitioned": ("nothing_else_is_partitioned", 3),
-    "a frozen pair is spread": ("frozen_weights_are_spread_one_by_one", 3),
+    "models that are sharded": ("no_rank_holds_a_whole_model", 3),
+    "nothing is loaded whole": ("a_run_that_shards_everything_loads_nothing_whole", 3),
+    "damaged weights": ("damaged_weights_are_refused_by_all", 3),
     "a damaged part": ("a_damaged_part_is_found_by_all", 3),
 }
 
@@ -151,8 +155,10 @@ def torchrun(root: Path, jobs: list[dict], name: str) -> subprocess.CompletedPro
 def root(tmp_path_factory) -> Path:
     """The models, a sampled run of one process, and the reference runs that replay it."""
     root = tmp_path_factory.mktemp("ranks")
-    for name, options in {"tied": {}, "untied": {"tied": False}, "sft": {"tied": False, "seed": 1}}.items():
+    shapes = {"tied": {}, "untied": {"tied": False}, "sft": {"tied": False, "seed": 1}, "deep": {"layers": 16}}
+    for name, options in shapes.items():
         make_tiny_model(root / name, scale=0.2, **options)
+    MixtralForCausalLM(MixtralConfig(**EXPERTS)).save_pretrained(root / "experts")
     (root / "principle").write_text("be kind and true, please explain the answer")
     words = "what is the first number|help me write a long word|who made oil|when did people call|can you find water"
     prompts = [f"{question} {count}" for count in ("one", "two more", "on each day") for question in words.split("|")]
@@ -180,6 +186,7 @@ def two_ranks(root) -> Path:
     for name, (action, stage) in ENGINE_JOBS.items():
         overrides = overrides_of(root, name, "untied", [f"engine.zero_stage={stage}"])
         others = {"samples_of": str(runs / "sampled"), "copy": str(runs / "ZeRO-3 untied")}
+        others |= {"models": ["tied", "deep", "experts"], "dtype": "bfloat16"}
         jobs.append({"name": name, "action": action, "overrides": overrides, **others})
     done = torchrun(root, jobs, "jobs")
     (root / "output").write_text(done.stdout + done.stderr)
