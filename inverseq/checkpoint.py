@@ -186,7 +186,7 @@ def _problem(path: Path, name: str, content: dict[str, Any]) -> str | None:
 
 
 def check_or_offer_older(path: Path, ranks: Ranks | None = None) -> dict[str, Any]:
-    """``check_checkpoint``; its error also says which older checkpoint is complete."""
+    """``check_checkpoint``; its ValueError also says which older checkpoint is complete."""
     try:
         return check_checkpoint(path, ranks)
     except ValueError as error:

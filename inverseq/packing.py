@@ -167,7 +167,11 @@ def plan_packs(
 
 
 def view_lengths(samples: Sequence[Sample] | FlatSamples, views: Sequence[int]) -> np.ndarray:
-    """Tokens that each sample takes in a pack under all of ``views``, [num_samples] int64; no response is empty."""
+    """Tokens that each sample takes in a pack under all of ``views``, [num_samples] int64.
+
+    Raises ValueError for a sample whose response is empty, for views that the samples do not have, and for samples that
+    differ in their number of views.
+    """
     flat = _flat(samples)
     lengths = np.zeros(len(flat), dtype=np.int64)
     if not len(flat):

@@ -44,6 +44,9 @@ def score_targets(
 
     All ranks give all samples and get all targets; each scores some packs, equally many. ``advance`` is called with the
     number of samples a pack held after each pack.
+
+    Raises ValueError for a sample over ``packing.score_tokens``, an empty response or a token id out of range, and for
+    models that shape their logits differently; ArithmeticError when a model gives log-probs that are not numbers.
     """
     ranks = ranks or Ranks()
     offsets = np.zeros(len(samples) + 1, dtype=np.int64)

@@ -189,6 +189,20 @@ def test_public_names_are_listed_once_and_exist(path):
     assert [name for name in names if not hasattr(module, name)] == []
 
 
+def test_public_docstrings_name_the_errors_that_their_functions_raise():
+    silent = []
+    for path in (*source_files(PACKAGE), *source_files(KERNELS)):
+        tree = parse(path)
+        assigned = {ast.unparse(each.targets[0]): each.value for each in tree.body if isinstance(each, ast.Assign)}
+        public = ast.literal_eval(assigned["__all__"]) if "__all__" in assigned else ()
+        for node in (each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name in public):
+            raised = [each.exc for each in ast.walk(node) if isinstance(each, ast.Raise)]
+            names = {ast.unparse(error.func) for error in raised if isinstance(error, ast.Call)}
+            described = ast.get_docstring(node) or ""
+            silent += [f"{path.name}: {node.name}: {name}" for name in names if name not in described]
+    assert not silent
+
+
 def test_the_packages_public_names():
     import inverseq_kernels
 

@@ -51,7 +51,8 @@ def write_csv(path: Path | str, rows: Sequence[Row]) -> Path:
 def save_plot(path: Path | str, rows: Sequence[Row], draw: Callable[[Figure, Sequence[Row]], None]) -> list[Path]:
     """Write ``rows`` to PATH.csv, then ``draw(figure, rows)`` to PATH (a .png); returns both paths.
 
-    In the picture, characters of a name that reorder or hide its text are written by their code points.
+    In the picture, characters of a name that reorder or hide its text are written by their code points. Raises
+    ValueError for a path of another ending, for no rows or rows that differ in keys, and without matplotlib.
     """
     path = Path(path)
     if path.suffix != ".png":

@@ -141,7 +141,8 @@ def increments(
     """Rows {series, epoch, reward, increment, increment_low, increment_high}, ordered by epoch.
 
     ``rewards`` is epoch → {prompt id: reward}; ``zero`` has the epoch 0 that increments count from (default: the
-    same), ``scale`` what they are divided by.
+    same), ``scale`` what they are divided by (default: ``scale_of(rewards)``). Raises ValueError for an epoch with
+    other prompts than epoch 0, and where the default scale would be 0.
     """
     scale = scale_of(rewards) if scale is None else scale
     first = (zero or rewards)[0]

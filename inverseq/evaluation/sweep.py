@@ -44,7 +44,11 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """Write sweep.json, sweep.png and sweep.csv."""
+    """Write sweep.json, sweep.png and sweep.csv.
+
+    Raises ValueError for arguments that do not fit together or name nothing, and for a run that cannot be read;
+    EvaluationError when a training that it started failed.
+    """
     alphas = parse_alphas(args.alphas)
     if args.runs and (args.run_dir or not args.config):
         raise ValueError("--runs: expected --config with it, and no RUN")
