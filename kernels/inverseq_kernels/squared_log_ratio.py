@@ -130,10 +130,8 @@ def squared_log_ratio_loss(
     row_weights = (token_ids != IGNORE_INDEX).to(dtype)
     if loss_mask is not None:
         row_weights = torch.where(row_weights > 0, loss_mask.detach().to(dtype), 0.0)
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
-    ]
+    heads = (hidden, weight, bias)
+    needs = [torch.is_grad_enabled() and one is not None and one.requires_grad for one in heads]
     loss, logprobs, *_ = torch.ops.inverseq_kernels.squared_log_ratio(
         hidden,
         weight,
