@@ -113,12 +113,17 @@ class FaultProxy:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            self.pass_on(handler, body)
+            answer = self.pass_on(handler, body)
         finally:
-            with self.lock:
+            with self.lock:  # behind the answer the client's next request could come first
                 self.in_flight -= 1
+        if answer is None:
+            handler.close_connection = True
+        else:
+            self.reply(handler, *answer)
 
-    def pass_on(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
+    def pass_on(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> tuple[int, bytes, dict] | None:
+        """Status, body and headers of the answer; None when the connection is closed without one."""
         fault: Fault | str | None = None
         if handler.path.endswith("/completions"):
             request = json.loads(body)
@@ -137,16 +142,13 @@ class FaultProxy:
                 self.on_refresh()
         time.sleep(self.delay_s)
         if isinstance(fault, Fault) and fault.drop:
-            handler.close_connection = True
-            return
+            return None
         if isinstance(fault, Fault) and fault.silence_s:
             time.sleep(fault.silence_s)
-            handler.close_connection = True
-            return
+            return None
         if isinstance(fault, Fault):
             headers = {"Retry-After": fault.retry_after} if fault.retry_after else {}
-            self.reply(handler, fault.status, b'{"error": {"message": "planned"}}', headers)
-            return
+            return fault.status, b'{"error": {"message": "planned"}}', headers
         status, answer = self.ask_target(handler.path, body)
         if handler.path.endswith("/completions") and status == 200:
             content = json.loads(answer)
@@ -154,10 +156,7 @@ class FaultProxy:
                 if change is not None:
                     change(content)
             answer = json.dumps(content).encode()
-        if status:
-            self.reply(handler, status, answer, {})
-        else:
-            handler.close_connection = True  # the server is gone, and so is the connection
+        return (status, answer, {}) if status else None  # the server is gone, and so is the connection
 
     def ask_target(self, path: str, body: bytes | None) -> tuple[int, bytes]:
         headers = {"Content-Type": "application/json"}

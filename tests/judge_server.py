@@ -112,9 +112,6 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(owner.answer(text, number), text, body["model"])
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has gone
-        finally:
-            with owner.lock:
-                owner.running -= 1
 
     def reply(self, answer, text, model):
         if isinstance(answer, Hang):
@@ -139,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, code, body, content_type, extra, broken=False):
         content = body.encode()
+        with self.server.owner.lock:
+            self.server.owner.running -= 1  # behind the answer the client's next question could come first
         self.send_response(code)
         for name, value in {"content-type": content_type, **extra}.items():
             self.send_header(name, value)
