@@ -165,6 +165,9 @@ def test_communication_and_uneven_ranks_cost_time():
     assert eight.num_steps == 32
     hidden = eight.train_exposed_s - eight.train_overlapped_s
     assert 0 < hidden <= 32 * 3 * eight.gather_s * 1.001
+    slow_link = projection.project(source(), model="vicuna-7b", num_gpus=8, chip=Chip(1e30, 1e30, 4e11))
+    assert slow_link.train_exposed_s == pytest.approx(slow_link.train_overlapped_s)
+    assert slow_link.train_exposed_s >= 32 * 3 * eight.gather_s * 0.999  # three moves a micro-step
     slower = projection.project(source(train_mfu=0.25), model="vicuna-7b", num_gpus=8, chip=CHIPS["A800"])
     assert slower.train_exposed_s > eight.train_exposed_s and slower.score_s == eight.score_s
 
