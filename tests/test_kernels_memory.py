@@ -142,6 +142,16 @@ def test_stored_logits_of_the_triton_backend_stay_within_the_workspace(op):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter")
+def test_copies_of_hidden_states_wider_than_the_vocabulary_stay_within_the_workspace():
+    """All of them would be two workspaces."""
+    hidden, weight = (torch.randn(n, 512).requires_grad_() for n in (512, 64))
+    token_ids, limit = torch.arange(512) % 64, 2**19
+    total = linear_logprob(hidden, weight, token_ids, workspace_bytes=limit, backend="triton").sum()
+    peak, kept = peak_and_kept_bytes(lambda: torch.autograd.grad(total, (hidden, weight)))
+    assert hidden.nbytes + weight.nbytes <= kept and peak <= limit + kept
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter")
 @pytest.mark.parametrize("op", ["sweep", "logprob"])
 def test_statistics_of_tiles_stay_within_the_workspace(op):
     """What is left of every tile, for every alpha: of all rows together it would be 2 and 3 workspaces."""

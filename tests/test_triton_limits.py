@@ -174,6 +174,17 @@ def test_the_gradient_of_an_fp32_weight_beside_half_precision_is_not_rounded_to_
             assert error < {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype], (name, error)
 
 
+@both_structures
+def test_chunks_add_up_the_gradient_of_a_half_precision_weight_in_fp32(structure, dtype):
+    inputs = make_inputs(40, dtype)
+    for workspace_bytes, summed in ((2**24, dtype), (1, torch.float32)):
+        settings = SETTINGS | {"structure": structure, "workspace_bytes": workspace_bytes}
+        forward = triton_logprob.logprob_forward(*inputs, want_entropy=False, **settings)
+        rest = (*inputs, *forward[1:])
+        gradients = triton_logprob.logprob_backward(torch.ones(40), None, *rest, needs=(True, True, False), **settings)
+        assert gradients[1].dtype == summed
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_short_widths_take_tiles_of_half_the_words_with_equal_results(capability):
     for op in (EXPONENTIAL, GRADIENT, STATISTICS):
