@@ -47,7 +47,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
     """Put adapters into the model; they alone are trained from now on. Their initial product is 0.
 
     ``seed`` draws the half of each adapter that does not start at 0. Raises ValueError when a target module does not
-    exist or is an embedding.
+    exist or is an embedding, and when peft is missing or older than what was tested.
     """
     check_lora()
     import peft

@@ -21,6 +21,8 @@ from transformers import (
     GraniteForCausalLM,
     HyperCLOVAXConfig,
     HyperCLOVAXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     Trainer,
@@ -51,6 +53,10 @@ def make_model(name, tmp_path):
     if name == "recurrent gemma":
         shape = {**SHAPE, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16}
         return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, logits_soft_cap=1.0))
+    if name == "phi":
+        model = PhiForCausalLM(PhiConfig(**SHAPE))
+        nn.init.normal_(model.lm_head.bias)
+        return model
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=3.0))
 
 
@@ -73,7 +79,7 @@ def stock_logprobs(model, batch, temperature):
     return picked.where(labels != -100, 0.0), entropy.where(labels != -100, 0.0)
 
 
-@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "hyperclovax", "gemma2", "recurrent gemma"])
+@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "hyperclovax", "gemma2", "phi", "recurrent gemma"])
 def test_logprobs_entropies_and_gradients_are_those_of_the_models_own_logits(name, tmp_path):
     model = make_model(name, tmp_path)
     batch = make_batch(model.config.vocab_size)
@@ -114,7 +120,10 @@ def test_a_float64_model_has_float64_logprobs(tmp_path):
     labels = batch["labels"][:, 1:]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     expected = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(labels != -100, 0.0)
-    torch.testing.assert_close(CausalLMLogprobs(model)(**batch), expected, atol=1e-10, rtol=0)
+    module = CausalLMLogprobs(model)
+    for autocast in (False, True):  # which leaves float64 alone
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.testing.assert_close(module(**batch), expected, atol=1e-10, rtol=0)
 
 
 @pytest.fixture
@@ -193,6 +202,13 @@ def test_a_model_whose_logits_are_not_hidden_states_times_its_head_is_refused(tm
     mine = make_model("llama", tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         CausalLMLogprobs(mine.to(dtype))
+    NextTokenLoss(mine)
+    assert not any(module._forward_hooks for module in mine.modules())  # those of the check would keep hidden states
+    other = make_model("llama", tmp_path)
+    other.lm_head.register_forward_hook(lambda module, inputs, logits: 1.01 * logits)
+    with pytest.raises(ValueError, match="differ from the model's own logits"):
+        CausalLMLogprobs(other)
+    mine = make_model("llama", tmp_path).bfloat16()
     mine.lm_head.register_forward_hook(lambda module, inputs, logits: 1.1 * logits)
     for adapter in (CausalLMLogprobs, NextTokenLoss):
         with pytest.raises(ValueError, match="LlamaForCausalLM: hidden states times the output embedding differ"):
@@ -217,9 +233,16 @@ def test_adapters_beside_the_head_are_read_and_those_on_it_refused(tmp_path):
         torch.testing.assert_close(CausalLMLogprobs(model)(**batch), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_a_configuration_with_an_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match="lm_head_multiplier=0.5 is not supported"):
-        head_keywords(CohereConfig(lm_head_multiplier=0.5))
+@pytest.mark.parametrize("name", ["lm_head_multiplier", "output_multiplier"])
+def test_a_configuration_with_an_unknown_scale_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0.5 is not supported"):
+        head_keywords(CohereConfig(**{name: 0.5}))
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"])
+def test_a_softcap_stands_outside_of_the_scale(name):
+    """3 tanh(s z / 3) = s · 12 tanh(z / 12) for s = 1/4, whatever a family calls the 3."""
+    assert head_keywords(CohereConfig(**{name: 3.0, "logit_scale": 0.25})) == {"softcap": 12.0, "temperature": 4.0}
 
 
 def train(model, folder, loss=None, **options):
@@ -261,6 +284,9 @@ def test_logits_are_real_again_outside_of_training(tmp_path):
     assert model.train()(ids).logits.shape[-1] == model.config.hidden_size
     reference = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert loss(model(ids), ids).item() == pytest.approx(reference.item(), rel=1e-5)
+    outputs = model.bfloat16().eval()(ids)  # whose sum over tokens would be bf16 too
+    reference = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    assert loss(outputs, ids).item() == pytest.approx(reference.item(), rel=1e-5)
 
 
 def test_a_model_in_training_mode_generates_what_it_did_before(tmp_path):

@@ -15,6 +15,7 @@ from tests.tiny import make_tiny_model
 pytest.importorskip("trl", reason="the extra trl is not installed")
 COMMON = {"per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "bf16": False, "max_steps": 1}
 WORDS = ("what is true", "help me find water", "explain number one", "how do they make oil")
+EVERY_OUTPUT = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 FLOOR = {"loss": 1e-6, "gradient": 1e-6}  # beside twice the error of stock TRL in the same dtype
 
 
@@ -118,6 +119,41 @@ def test_losses_and_gradients_are_those_of_stock_trl(kind, model_path, tmp_path)
     assert exact_metrics == pytest.approx(true_metrics, rel=1e-4, abs=1e-5) and set(our_metrics) == set(true_metrics)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_head_with_scale_softcap_temperature_and_bias_is_read_as_trl_reads_it(softcap, monkeypatch):
+    """Models that TRL's trainers meet beside plain ones: Gemma 2, Cohere, Granite; all its outputs, in small chunks."""
+    import trl.trainer.utils as utils
+
+    monkeypatch.setattr(adapter, "METRIC_BYTES", 4 * 40 * 3)  # three rows
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*shape, generator=generator) for shape in ((7, 6), (40, 6), (40,))]
+    labels, upstream = torch.arange(7), torch.randn(2, 7, generator=generator)
+    labels[0] = (tensors[0][0] @ tensors[1].T + tensors[2]).argmax()
+    results = []
+    for fused in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        with linear_logprob_inside(fused):
+            found = getattr(utils, adapter.NAME).apply(*leaves, labels, 0.7, 16, softcap, 0.5, EVERY_OUTPUT)
+        gradients = torch.autograd.grad((found[0] * upstream[0] + found[1] * upstream[1]).sum(), leaves)
+        results.append((*found, *gradients))
+    assert results[0][4].any() and not results[0][4].all() and all(len(one[2]) == 7 for one in results)
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_autocast_reads_the_hidden_states_in_its_dtype():
+    import trl.trainer.utils as utils
+
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(30, 8), torch.arange(5)
+    settings = (labels, 1.0, 16, None, 1.0, ("log_probs",))
+    with linear_logprob_inside(True):
+        apply = getattr(utils, adapter.NAME).apply
+        with torch.autocast("cpu", torch.bfloat16):
+            found = apply(hidden, weight, None, *settings)[0]
+        expected = apply(hidden.bfloat16(), weight, None, *settings)[0]
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_a_training_step_runs_in_each_trainer_with_generation(model_path, tmp_path):
     with linear_logprob_inside(True):
         trainer = make_trainer("grpo", model_path, torch.float32, tmp_path)
@@ -145,15 +181,17 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def test_the_head_needs_less_memory_than_stock_trl():
+def test_the_head_needs_less_memory_than_stock_trl(monkeypatch):
     import trl.trainer.utils as utils
+
+    monkeypatch.setattr(adapter, "METRIC_BYTES", 2**20)
 
     def peak(fused):
         hidden = torch.randn(1024, 32, requires_grad=True)
         weight = torch.randn(20_000, 32, requires_grad=True)
         labels = torch.randint(0, 20_000, (1024,))
         with linear_logprob_inside(fused), PeakBytes() as mode:
-            arguments = (hidden, weight, None, labels, 1.0, 32768, None, 1.0, ("log_probs", "entropy"))
+            arguments = (hidden, weight, None, labels, 1.0, 32768, None, 1.0, EVERY_OUTPUT)
             logprobs = getattr(utils, adapter.NAME).apply(*arguments)[0]
             logprobs.sum().backward()
         assert weight.grad.norm() > 0
@@ -161,7 +199,7 @@ def test_the_head_needs_less_memory_than_stock_trl():
 
     stock, ours = peak(False), peak(True)
     assert stock >= 1024 * 20_000 * 4  # one chunk of its logits
-    assert ours < stock / 4
+    assert ours < stock / 64  # a chunk of its own and the weight's gradient
 
 
 @pytest.mark.parametrize("found", ["1.99.0", "1.17.0.dev0", "1.9.2", "0.24.0"])

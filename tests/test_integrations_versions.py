@@ -87,6 +87,14 @@ def test_a_newer_package_is_one_line_in_the_log(package, use, model_path, instal
     assert len(said) == 1 and said[0].startswith(f"{package} 99.0: "), said
 
 
+@pytest.mark.parametrize("package", versions.TESTED)
+def test_the_oldest_tested_package_is_welcome(package, installed, caplog):
+    installed(package, versions.TESTED[package][0])
+    with caplog.at_level(logging.WARNING, logger="inverseq"):
+        versions.check_version(package, extra="trl", what="this test")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("package", "use"), CASES)
 def test_the_installed_packages_are_tested_ones(package, use, model_path, caplog):
     pytest.importorskip(package, reason="its extra is not installed")

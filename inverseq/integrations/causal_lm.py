@@ -106,8 +106,8 @@ class CausalLMLogprobs(nn.Module):
     def __init__(self, model: nn.Module, *, temperature: float = 1.0, **options: Any):
         """``options`` go to ``linear_logprob`` (``return_entropy``, ``workspace_bytes``, ``backend``).
 
-        Raises ValueError for a transformers that is older than what was tested, and for a model whose logits are not
-        its hidden states times its output embedding (``check_logits``).
+        Raises ValueError for a transformers that is older than what was tested, for a model whose logits are not its
+        hidden states times its output embedding (``check_logits``) and for one that scales them by an unknown name.
         """
         super().__init__()
         check_version("transformers", extra="trl", what="CausalLMLogprobs")
@@ -127,7 +127,8 @@ class CausalLMLogprobs(nn.Module):
         """Log-probability of every label given what stands before it, [B, L − 1] fp32, 0 where it is ignored.
 
         With ``return_entropy`` a pair of that and the entropy, [B, L − 1] fp32. Only scored positions reach the head.
-        Raises ValueError where an engine has sharded the model inside instead of this module.
+        Raises ValueError where an engine has sharded the model inside instead of this module, and when the engine's
+        package is older than what was tested.
         """
         head = self.model.get_output_embeddings()
         if not self.engine_is_checked:

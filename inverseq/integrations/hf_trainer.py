@@ -31,7 +31,8 @@ class NextTokenLoss:
     def __init__(self, model: nn.Module, **options: Any):
         """``options`` go to ``linear_logprob``. Raises ValueError for a model that caps its logits: its forward would
         cap the hidden states instead; for one whose logits are not what goes into its output embedding times its weight
-        (``check_logits``); and for a transformers that is older than what was tested."""
+        (``check_logits``) or that scales them by an unknown name; and for a transformers that is older than what was
+        tested."""
         check_version("transformers", extra="trl", what="NextTokenLoss")
         self.keywords = head_keywords(model.config)
         if self.keywords["softcap"] is not None:
@@ -57,7 +58,10 @@ class NextTokenLoss:
         return self.model.training and torch.is_grad_enabled()
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The loss of one batch: labels [B, L] not shifted, divided by ``num_items_in_batch`` when it is given."""
+        """The loss of one batch: labels [B, L] not shifted, divided by ``num_items_in_batch`` when it is given.
+
+        Raises ValueError in a training step under an engine that has spread the head's weight over processes.
+        """
         scored = outputs.logits[:, :-1]
         labels = labels[:, 1:].to(scored.device)
         is_scored = labels != IGNORE_INDEX

@@ -119,8 +119,9 @@ def row_statistics(
         return {}
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     num_rows = max(1, METRIC_BYTES // (4 * weight.shape[0]))
+    weight = weight.to(hidden.dtype)
     for rows, ids in zip(hidden.split(num_rows), labels.split(num_rows), strict=True):
-        logits = (rows @ weight.to(rows.dtype).T).float()
+        logits = (rows @ weight.T).float()
         if bias is not None:
             logits += bias
         if softcap is not None:
