@@ -155,9 +155,21 @@ def shown(folder, tag):
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
 
 
+def move_to_the_second_before(folder):
+    """Let event files be of an earlier second, as those of a run that is resumed are.
+
+    TensorBoard reads files in the order of their names: the second, the process, then a number that counts the
+    process's writers and is compared as text, so that of one second's files the tenth comes before the ninth.
+    """
+    for file in folder.glob("*/events.out.tfevents.*"):
+        name = re.sub(r"(?<=tfevents\.)\d+", lambda second: f"{int(second[0]) - 1:010d}", file.name)
+        file.rename(file.with_name(name))
+
+
 def test_tensorboard_shows_a_resumed_run_as_if_it_had_never_stopped(tmp_path):
     logging = LoggingConfig(tensorboard=True)
     write_run(tmp_path, epochs=2, logging=logging)
+    move_to_the_second_before(tmp_path / "tensorboard")
     log = MetricsLog(tmp_path, logging)
     log.truncate_after(1)
     for epoch in (2, 3):
