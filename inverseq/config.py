@@ -192,7 +192,7 @@ class LmdeployConfig:
     engine: str = option("auto", "turbomind, pytorch; auto is TurboMind where it supports the architecture")
     weights: str = option("reload", "reload from a saved export, or update in memory (engine=pytorch; needs ray)")
     cache_fraction: float = option(0.8, "share of the GPU memory that is free when the engine starts, for its cache")
-    timeout_s: float = option(600.0, "seconds until a response that does not come makes the engine count as lost")
+    timeout_s: float = option(600.0, "seconds until a response counts as lost; form=server has no seeds: the run ends")
     start_s: float = option(900.0, "seconds that the engine may take to start")
     retries: int = option(2, "how often a response is asked for again, or a lost engine started again")
     weights_dir: str = option("", "folder that new weights are written to; empty is RUN/weights")

@@ -3,7 +3,8 @@
 One process for each rank, on the rank's GPU, on a free port of the loopback interface, possibly in another Python
 environment (LMDeploy pins other packages than training needs). Requests are ``POST /generate`` with token ids; the
 text endpoints would tokenise again. In LMDeploy 0.18 that endpoint takes no seed: responses are drawn from seeds of the
-server's own and cannot be repeated.
+server's own and cannot be repeated. So a late answer ends the run. After a crash what was in flight is drawn anew: long
+responses are likelier to be in flight, and this once rarer.
 """
 
 from __future__ import annotations
@@ -173,7 +174,19 @@ class ApiServer:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def answer(self, request: Request) -> Answer:
-        found = self.ask("POST", "/generate", request.http_body(), timeout_s=self.config.timeout_s)
+        """The answer to a request; RequestRefused for one that is late.
+
+        It took no seed: asked again it would be drawn anew, and long responses, which are the late ones, become rarer.
+        """
+        try:
+            found = self.ask("POST", "/generate", request.http_body(), timeout_s=self.config.timeout_s)
+        except EngineLost as error:
+            if not is_late(error):
+                raise
+            raise RequestRefused(
+                f"no answer within sampling.lmdeploy.timeout_s={self.config.timeout_s:g}: drawn again, without a seed, "
+                f"such prompts would get short answers only; allow the time of {request.max_new_tokens} tokens"
+            ) from error
         try:
             ids = [int(token) for token in found["output_ids"]]
             return Answer(ids, (found["meta_info"]["finish_reason"] or {}).get("type"))
@@ -204,6 +217,12 @@ class ApiServer:
         code = "import importlib.metadata as m; print(m.version('lmdeploy'))"
         done = subprocess.run([self.config.python or sys.executable, "-c", code], capture_output=True, text=True)
         return done.stdout.strip() or "unknown"
+
+
+def is_late(error: EngineLost) -> bool:
+    """Whether it was the time-out that ended a request, and not its connection."""
+    cause = error.__cause__
+    return isinstance(getattr(cause, "reason", cause), TimeoutError)
 
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the loopback interface needs no proxy
