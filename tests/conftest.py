@@ -1,4 +1,4 @@
-"""Test-wide settings: the Triton interpreter on CPU machines, derandomised hypothesis examples, and SIGINT.
+"""Test-wide settings: the Triton interpreter on CPU machines, derandomised examples and generators, and SIGINT.
 
 The interpreter is read when ``@triton.jit`` decorates, so the variable is set before any import of
 the kernels. Its ``tl.dot`` multiplies the raw bit patterns of bfloat16 operands; the wrapper below
@@ -6,6 +6,7 @@ hands it their float32 values, which are exact, so that bf16 kernels can be chec
 """
 
 import os
+import random
 import signal
 
 import torch
@@ -47,6 +48,17 @@ def _patch_interpreter_bf16_dot() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_interpreter_bf16_dot()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of modules
+def pytest_runtest_setup() -> None:
+    """Give every test the same random numbers: which files ran before it in its process depends on how fast others are.
+
+    Two files at a time take the next one as they end.
+    """
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
