@@ -103,6 +103,15 @@ def test_the_upstream_gradient_of_an_ignored_row_does_not_choose_the_scale_of_fp
         assert actual.any()
 
 
+@pytest.mark.parametrize("structure", [TILES, LOGITS])
+def test_fp16_gradients_leave_room_for_sums_over_rows(structure):
+    inputs = make_inputs(40, torch.float16)
+    inputs[3].zero_()
+    inputs[0][:, 0], inputs[1][:, 0] = 8.0, 0.0  # the gradient's entry is 8 times 40 rows' 1 - p
+    gradients = logprob_gradients(inputs, torch.ones(40), structure)
+    assert all(gradient.isfinite().all() for gradient in gradients[:2]) and 250 < gradients[1][0, 0] < 320
+
+
 def leaves_of(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
@@ -182,7 +191,10 @@ def test_chunks_add_up_the_gradient_of_a_half_precision_weight_in_fp32(structure
         forward = triton_logprob.logprob_forward(*inputs, want_entropy=False, **settings)
         rest = (*inputs, *forward[1:])
         gradients = triton_logprob.logprob_backward(torch.ones(40), None, *rest, needs=(True, True, False), **settings)
-        assert gradients[1].dtype == summed
+        ones = torch.ones(40)
+        loss = (*inputs, -ones, ones, torch.tensor(1.0))
+        *_, of_loss, _ = triton_loss.squared_log_ratio_forward(*loss, needs=(True, True, False), **settings)
+        assert gradients[1].dtype == of_loss.dtype == summed
 
 
 @pytest.mark.parametrize("capability", [80, 90])
