@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from inverseq import distributed
 from inverseq.config import Config, ModelConfig
-from inverseq.distributed import LAUNCHER_VARIABLES, RankFailed, Ranks, init_ranks
+from inverseq.distributed import LAUNCHER_VARIABLES, FailureWatch, RankFailed, Ranks, init_ranks
 from inverseq.sampling_lmdeploy_server import held_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,11 @@ def exchange(ranks):
         assert ranks.unshare(ranks.share(items)) == items
     if ranks.is_main:
         time.sleep(0.5)  # the other rank reaches the end first and must not miss the store
+
+def one_ends_late(ranks):
+    assert ranks.num_restarts == 3  # of both machines
+    if not ranks.is_main:
+        time.sleep(1.5)  # its watch reads the store of rank 0, which must still be there
 
 def one_fails_before_a_collective(ranks):
     if ranks.rank == 1:
@@ -75,6 +82,7 @@ for scenario, port in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 SCENARIOS = (
     "exchange",
+    "one_ends_late",
     "one_fails_before_a_collective",
     "one_fails_while_the_other_computes",
     "both_find_the_same",
@@ -91,6 +99,7 @@ def told() -> list[dict]:
     for rank in (0, 1):
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "MASTER_ADDR": "127.0.0.1"}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment |= {"TORCHELASTIC_RESTART_COUNT": str(1 + rank)}
         command = [sys.executable, "-c", SCRIPT, *words]
         processes.append(
             subprocess.Popen(
@@ -111,6 +120,10 @@ def told() -> list[dict]:
 
 def test_values_reach_all_ranks_in_order(told):
     assert told[0]["exchange"][0] is told[1]["exchange"][0] is None
+
+
+def test_restarts_of_all_machines_are_counted_and_a_rank_that_ends_late_misses_nobody(told):
+    assert told[0]["one_ends_late"][0] is told[1]["one_ends_late"][0] is None
 
 
 @pytest.mark.parametrize("scenario", ["one_fails_before_a_collective", "one_fails_while_the_other_computes"])
@@ -155,6 +168,14 @@ def test_an_interrupt_of_the_watch_that_comes_late_does_not_replace_the_error(mo
     watch.thread.join()
 
 
+def test_an_interrupt_is_nobodys_failure_and_a_known_failure_is_its_reason():
+    watch = object.__new__(FailureWatch)
+    watch.over, watch.lock, watch.failure, watch.rank = threading.Event(), threading.Lock(), None, 1
+    assert FailureWatch.report(watch, KeyboardInterrupt()) is None and watch.over.is_set()
+    watch.failure = RankFailed(0, "boom")
+    assert FailureWatch.report(watch, KeyboardInterrupt()) is watch.failure
+
+
 def test_one_process_needs_no_launcher_and_no_group(monkeypatch):
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -163,6 +184,27 @@ def test_one_process_needs_no_launcher_and_no_group(monkeypatch):
     assert ranks.gather("x") == ["x"] and ranks.share([1, 2]) == [1, 2] == ranks.unshare([1, 2])
     with pytest.raises(ValueError, match="boom"), ranks.failing_together():
         raise ValueError("boom")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_in_one_process_ends_the_group_that_its_engine_made_and_no_other(fails):
+    def run(*, already_there: bool) -> bool:
+        """Whether there is a group behind the run."""
+        begin = partial(dist.init_process_group, "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if already_there:
+            begin()
+        try:
+            with suppress(ValueError), Ranks().failing_together():
+                if not already_there:
+                    begin()
+                if fails:
+                    raise ValueError("boom")
+            return dist.is_initialized()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    assert run(already_there=True) and not run(already_there=False)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,20 @@ def test_processes_are_started_again_after_a_failure_as_often_as_allowed(process
     assert processes(["0:status1"], ["1:SIGKILL"], []) == (
         0, [False, True, True], ["restart 1 of 2", killed, "restart 2 of 2"]
     )  # fmt: skip
-    assert processes(["0:status3"], ["1:status1"], ["1:status4"])[:2] == (4, [False, True, True])
+    assert processes(["0:status3"], ["1:status1"], ["1:status4"]) == (
+        4, [False, True, True], ["restart 1 of 2", "restart 2 of 2"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rank", "status", "waited"),
+    [(0, 2, []), (0, 1, [launch.FIRST_WAIT_S]), (1, 2, [launch.OTHERS_WAIT_S]), (1, 1, [launch.OTHERS_WAIT_S])],
+)
+def test_rank_0_speaks_first_and_of_bad_input_at_once(monkeypatch, rank, status, waited):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    launch.wait_for_the_launcher(rank, status)
+    assert slept == waited and 0 < launch.FIRST_WAIT_S < launch.OTHERS_WAIT_S
 
 
 def test_neither_bad_input_nor_an_interrupt_is_tried_again(processes):
@@ -153,6 +166,18 @@ def test_neither_bad_input_nor_an_interrupt_is_tried_again(processes):
     assert processes(["0:interrupt"]) == (130, [False], [])
     assert processes(["0:terminate"]) == (143, [False], [])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # one more would replace the exit status
+
+
+@pytest.mark.parametrize(("num_processes", "asked", "threads"), [(5, None, "2"), (16, None, "1"), (5, "7", "7")])
+def test_the_cores_are_divided_among_the_processes_unless_threads_are_set(monkeypatch, num_processes, asked, threads):
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, program: lambda *words: None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(12))
+    monkeypatch.setenv(launch.SUPERVISED, "")
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    launch.run_processes(lambda restarted: [], num_processes=num_processes, max_restarts=0, say=print)
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 def test_what_every_process_finds_is_said_by_rank_0_alone(processes, monkeypatch, capfd):
