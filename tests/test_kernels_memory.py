@@ -149,6 +149,11 @@ def test_copies_of_hidden_states_wider_than_the_vocabulary_stay_within_the_works
     total = linear_logprob(hidden, weight, token_ids, workspace_bytes=limit, backend="triton").sum()
     peak, kept = peak_and_kept_bytes(lambda: torch.autograd.grad(total, (hidden, weight)))
     assert hidden.nbytes + weight.nbytes <= kept and peak <= limit + kept
+    inputs = (hidden.detach(), weight, token_ids, torch.zeros(512))  # no gradient of hidden lends its place
+    peak, kept = peak_and_kept_bytes(
+        lambda: squared_log_ratio_loss(*inputs, denominator=1, workspace_bytes=limit, backend="triton")
+    )
+    assert peak <= limit + kept
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs triton's interpreter")
