@@ -117,6 +117,15 @@ def test_loss_and_logprobs_are_those_of_the_merged_weights(model_path, settings)
     torch.testing.assert_close(Policy(model, 512, engine)(pack, targets, weights, 1.0)[1], logprobs, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("is_stabilized", "scale"), [(False, 8 / 4), (True, 8 / 2)])
+def test_the_adapters_product_is_scaled_by_the_rank_or_its_root(model_path, is_stabilized, scale):
+    model = moved_model(model_path, alpha=8.0, rank_stabilized=is_stabilized)
+    layer = model.model.layers[0].mlp.up_proj
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    merged = dict(merged_model(model).named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(merged, layer.base_layer.weight + scale * product)
+
+
 def test_adapters_of_a_16_bit_model_are_fp32_and_learn(model_path, tmp_path):
     run = train(options(model_path, tmp_path / "run", "model.dtype=bfloat16", "evaluation.every=0"))
     from safetensors.torch import load_file
