@@ -118,3 +118,13 @@ def test_seconds_of_phases_are_reported_once():
     state = SimpleNamespace(memory=SimpleNamespace(row=lambda: {"peak": 1}), durations_s={"train_duration_s": 2.0})
     assert State.phase_row(state) == {"peak": 1, "train_duration_s": 2.0}
     assert State.phase_row(state) == {"peak": 1}
+
+
+def test_a_frozen_copy_that_shall_not_stand_whole_on_the_device_is_made_on_the_host(monkeypatch):
+    made, initial = [], torch.nn.Linear(1, 1)
+    initial.device = torch.device("cpu")
+    monkeypatch.setattr(run_state, "frozen_copy", lambda model, device: made.append(device) or model)
+    monkeypatch.setattr(run_state, "shard_frozen", lambda pair, device: pair)
+    for where in ("replicated", "host", "sharded"):
+        run_state.build_frozen(initial, None, Placement(2, False, False, where, False))
+    assert made == [None, "cpu", "cpu"]
