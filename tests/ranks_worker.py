@@ -67,6 +67,10 @@ def state_of(config: Config, ranks: Ranks, job: dict) -> tuple[State, list]:
     return state, plan_steps(scored, config.optim, config.packing, num_ranks=ranks.world_size, rank=ranks.rank)
 
 
+def in_bfloat16(config: Config) -> Config:
+    return replace(config, model=replace(config.model, dtype="bfloat16"))
+
+
 def weights_of(state: State) -> list[torch.Tensor]:
     weights = [weight.clone() for weight in state.engine.full_model().parameters()]
     state.engine.release_full_model()
@@ -75,7 +79,7 @@ def weights_of(state: State) -> list[torch.Tensor]:
 
 def no_16_bit_gradient_stays(config: Config, ranks: Ranks, job: dict) -> None:
     """ZeRO-1 sums gradients in fp32 and drops each; the update is made from the sums."""
-    state, steps = state_of(replace(config, model=replace(config.model, dtype="bfloat16")), ranks, job)
+    state, steps = state_of(in_bfloat16(config), ranks, job)
     before, left = weights_of(state), []
     weights = [weight for weight in state.policy.parameters() if weight.requires_grad]
     for weight in weights:  # behind DeepSpeed's own hook
@@ -110,6 +114,11 @@ def not_a_number_on_one_rank(config: Config, ranks: Ranks, job: dict) -> None:
         assert state.engine.num_updates == 1
 
 
+def not_a_number_in_bfloat16(config: Config, ranks: Ranks, job: dict) -> None:
+    """The same by DeepSpeed's other optimizers, which look for it only when they are told to."""
+    not_a_number_on_one_rank(in_bfloat16(config), ranks, job)
+
+
 def nothing_else_is_partitioned(config: Config, ranks: Ranks, job: dict) -> None:
     """Beside a policy under ZeRO-3 the frozen model and a model that is loaded later are whole on every rank."""
     state, _ = state_of(config, ranks, job)
@@ -118,6 +127,20 @@ def nothing_else_is_partitioned(config: Config, ranks: Ranks, job: dict) -> None
     for model in (state.frozen.better, later, state.engine.full_model()):
         shapes = [tuple(weight.shape) for weight in model.parameters()]
         assert shapes == [tuple(weight.ds_shape) for weight in state.policy.model.parameters()]
+    state.engine.release_full_model()
+    assert all(weight.numel() == 0 for weight in state.engine.plain_copy.parameters())
+
+
+def a_step_trains_and_log_probs_do_not(config: Config, ranks: Ranks, job: dict) -> None:
+    """Recomputed activations and dropout are of the steps alone, whatever ran before."""
+    state, steps = state_of(config, ranks, job)
+    probe, modes = state.resolved.probe_pack(), []
+    state.policy.model.get_decoder().register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    state.engine.logprobs(probe)
+    state.engine.train_step(steps[0])
+    state.engine.logprobs(probe)
+    assert modes == [False, *[True] * len(steps[0].micro_batches), False], modes
+    assert not any(module.training for module in state.engine.full_model().modules())
     state.engine.release_full_model()
 
 
@@ -224,20 +247,22 @@ def a_wrong_copy_is_noticed(config: Config, ranks: Ranks, job: dict) -> None:
     state, _ = state_of(config, ranks, job)
     gathered = state.engine.zero.GatheredParameters
 
-    class Stale(gathered):
-        def __enter__(self):
-            super().__enter__()
-            self.params[0].data.mul_(1.5)
+    for factor in (1.5, float("nan")):
 
-    state.engine.zero.GatheredParameters = Stale
-    try:
-        state.engine.full_model()
-    except RuntimeError as error:
-        assert "not the trained ones" in str(error)
-    else:
-        raise AssertionError("the copy was taken")
-    finally:
-        state.engine.zero.GatheredParameters = gathered
+        class Stale(gathered):
+            def __enter__(self, factor=factor):
+                super().__enter__()
+                self.params[0].data.mul_(factor)
+
+        state.engine.zero.GatheredParameters = Stale
+        try:
+            state.engine.full_model()
+        except RuntimeError as error:
+            assert "not the trained ones" in str(error)
+        else:
+            raise AssertionError(f"the copy was taken: {factor}")
+        finally:
+            state.engine.zero.GatheredParameters = gathered
 
 
 def main(path: Path) -> None:

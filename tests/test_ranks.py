@@ -91,6 +91,7 @@ CASES = {
     ),
     "no clipping": ("unclipped", ["engine.zero_stage=2"]),
     "the default placement": ("tied", []),
+    "plain data parallelism": ("tied", ["engine.zero_stage=0"]),
     "bfloat16 under ZeRO-3": ("bfloat16", ["engine.zero_stage=3"]),
     "bfloat16 under ZeRO-2": ("bfloat16", ["engine.zero_stage=2"]),
     "bfloat16 under ZeRO-1": ("bfloat16", ["engine.zero_stage=1"]),
@@ -119,12 +120,14 @@ RESUMED = {
 }  # fmt: skip
 ENGINE_JOBS = {  # (action, overrides)
     **{f"not a number under ZeRO-{stage}": ("not_a_number_on_one_rank", stage) for stage in STAGES},
+    **{f"not a number in bfloat16 under ZeRO-{stage}": ("not_a_number_in_bfloat16", stage) for stage in STAGES},
     "gradients under ZeRO-1": ("no_16_bit_gradient_stays", 1),
     "a wrong copy": ("a_wrong_copy_is_noticed", 3),
     "only the policy is partitioned": ("nothing_else_is_partitioned", 3),
     "models that are sharded": ("no_rank_holds_a_whole_model", 3),
     "nothing is loaded whole": ("a_run_that_shards_everything_loads_nothing_whole", 3),
     "damaged weights": ("damaged_weights_are_refused_by_all", 3),
+    "modes of a step": ("a_step_trains_and_log_probs_do_not", 3),
     "a damaged part": ("a_damaged_part_is_found_by_all", 3),
 }
 
