@@ -134,6 +134,7 @@ CUDA = AttentionNeeds("cuda", torch.bfloat16, 128, 128, needs_grad=True, capabil
         ({"softcap": True}, "flex", "flash_attn"),
         ({"head_size": 100, "value_head_size": 100}, "flex", "flex"),
         ({"head_size": 192}, "flex", "flex"),
+        ({"head_size": 256, "value_head_size": 256}, "varlen", "flash_attn"),
         ({"head_size": 512, "value_head_size": 512}, "flex", "flex"),
         ({"head_size": 12, "value_head_size": 12}, "sdpa", "sdpa"),
         ({"dtype": torch.float32}, "sdpa", "sdpa"),
