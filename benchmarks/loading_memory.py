@@ -19,6 +19,7 @@ import re
 import tempfile
 import threading
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -91,8 +92,9 @@ def main() -> None:
             for way in ("sharded", "whole", "sharded")  # the first of all also loads code
             for row in measure(path, dtype, way, ranks)
         ][2:]
+        found = versions() | {name: version(name) for name in ("transformers", "deepspeed", "safetensors")}
         common = {"op": "loading_memory", "device": f"{platform.machine()} CPU", "measured": True, "command": COMMAND}
-        common |= {"commit": commit(), "versions": versions(), "date": datetime.now(timezone.utc).date().isoformat()}
+        common |= {"commit": commit(), "versions": found, "date": datetime.now(timezone.utc).date().isoformat()}
         for row in rows if ranks.is_main else ():
             print(*(f"{key}={value}" for key, value in row.items()))
             if arguments.out:

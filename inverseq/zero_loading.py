@@ -80,8 +80,6 @@ def load_sharded(
         problem = str(error)
     for found in filter(None, ranks.gather(problem)):  # rank 0 alone compares shapes
         raise ValueError(found)
-    # Every renaming that transformers knows: an export would undo also those that no weight of the file needed.
-    vars(model).pop("_weight_conversions", None)
     gc.collect()  # the head that a tied one has replaced: DeepSpeed's weights refer to themselves
     check_finite(path, one_by_one(model.parameters(), deepspeed))
     restore_buffers(model)
@@ -93,19 +91,18 @@ def spread_as_read(options: dict[str, Any]) -> Iterator[None]:
     """What ``from_pretrained`` reads in the block is spread by DeepSpeed's configuration ``options``."""
     from transformers.integrations import deepspeed
 
-    living = deepspeed.HfDeepSpeedConfig(options)  # transformers itself holds a weak reference
+    _living = deepspeed.HfDeepSpeedConfig(options)  # transformers itself holds a weak reference
     try:
         yield
     finally:
         deepspeed.unset_hf_deepspeed_config()
-        del living
 
 
 def restore_buffers(model: PreTrainedModel) -> None:
     """Give a model from ``zero.Init`` the buffers that ``from_pretrained`` computes anywhere else.
 
-    Under ``zero.Init`` new tensors get the weights' dtype, with transformers 5.17 rotary frequencies
-    too. The weights of the model that computes them are one number each, seen in the shape of a weight.
+    Under ``zero.Init`` new tensors get the weights' dtype, with transformers 5.17 rotary frequencies too. The weights
+    of the model that computes them are one number each, seen in the shape of a weight.
     """
     named = model.state_dict(keep_vars=True)
     stand_ins = {
