@@ -80,7 +80,7 @@ class LinearLogprob:
         # softcap·tanh(s z / softcap) / T = (softcap / s) · tanh(z / (softcap / s)) / (T / s)
         head = {"softcap": softcap and softcap / scale, "temperature": temperature / scale}
         wants_entropy = "entropy" in outputs
-        with gathered_in_backward(weight, bias):
+        with gathered_in_backward(weight):
             results = linear_logprob(
                 hidden, weight, labels, bias=bias, return_entropy=wants_entropy, **head, **self.options
             )
@@ -89,14 +89,13 @@ class LinearLogprob:
         return logprobs, entropy, *(rows.get(name) for name in ("log_sum_sq_probs", "mean_logits", "is_top1"))
 
 
-def gathered_in_backward(*weights: Tensor | None) -> AbstractContextManager:
-    """Inside, autograd saves those of the weights that ZeRO-3 has gathered as the parameters that they are.
+def gathered_in_backward(weight: Tensor) -> AbstractContextManager:
+    """Where autograd saves the head: weights of ZeRO-3 are gathered again when the backward pass asks for them.
 
-    A parameter is partitioned after the forward pass, as TRL's context ends; it is gathered again where the backward
-    pass asks for it, and that copy lives until the gradients are made.
+    What a custom operation saves of a parameter is the parameter itself, which TRL empties after the forward pass. The
+    copy that is gathered lives until the gradients are made.
     """
-    spread = {weight.data_ptr(): weight for weight in weights if hasattr(weight, "ds_id")}
-    if not spread:
+    if not hasattr(weight, "ds_id"):
         return nullcontext()
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -106,7 +105,7 @@ def gathered_in_backward(*weights: Tensor | None) -> AbstractContextManager:
         with maybe_gather_lm_head_ctx(saved):
             return saved.detach()  # the parameter itself is empty again after this line
 
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: spread.get(tensor.data_ptr(), tensor), unpack)
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack)
 
 
 @torch.no_grad()
