@@ -66,7 +66,7 @@ def test_ranks_whose_attention_would_round_apart_are_refused_by_all():
             check_same_attention(own, Three(rank=1, world_size=3))
 
 
-def test_every_model_of_a_run_is_checked_and_then_the_attention_of_all_ranks(tmp_path, monkeypatch):
+def test_every_model_of_a_run_is_checked_and_the_attention_of_all_ranks(tmp_path, monkeypatch):
     class Two(Ranks):
         """One rank that hears of another, whose attention is its own."""
 
@@ -80,8 +80,11 @@ def test_every_model_of_a_run_is_checked_and_then_the_attention_of_all_ranks(tmp
     )
     contrast = ("contrast.kind=model", f"contrast.plain_model={plain}", "contrast.principle=")
     options = tiny_run_options(f"model.path={policy}", f"run_dir={tmp_path / 'run'}", *contrast)
+    resolved = resolve(load_config("demo", options))
     with pytest.raises(ValueError, match="sdpa on rank 0 and flash_attn on rank 1"):
-        build_state(resolve(load_config("demo", options)), Two())
+        build_state(resolved, Two())
+    checked.clear()
+    build_state(resolved, ONE).log.close()
     assert sorted(checked) == sorted([policy, plain])
 
 
@@ -120,11 +123,11 @@ def test_seconds_of_phases_are_reported_once():
     assert State.phase_row(state) == {"peak": 1}
 
 
-def test_a_frozen_copy_that_shall_not_stand_whole_on_the_device_is_made_on_the_host(monkeypatch):
+def test_a_frozen_copy_that_shall_not_stand_whole_on_the_device_is_made_on_the_host(tmp_path, monkeypatch):
+    options = tiny_run_options(f"model.path={make_tiny_model(tmp_path / 'm')}", f"run_dir={tmp_path / 'run'}")
+    resolved = resolve(load_config("demo", options))
     made, initial = [], torch.nn.Linear(1, 1)
-    initial.device = torch.device("cpu")
     monkeypatch.setattr(run_state, "frozen_copy", lambda model, device: made.append(device) or model)
-    monkeypatch.setattr(run_state, "shard_frozen", lambda pair, device: pair)
-    for where in ("replicated", "host", "sharded"):
-        run_state.build_frozen(initial, None, Placement(2, False, False, where, False))
-    assert made == [None, "cpu", "cpu"]
+    for where in ("replicated", "host"):
+        run_state.build_frozen(resolved, Placement(2, False, False, where, False), ONE, initial)
+    assert made == [None, "cpu"]
