@@ -12,7 +12,7 @@ from inverseq.attention import ATTENTION_NAME
 from inverseq.checkpoint import latest_checkpoint
 from inverseq.config import LoraConfig
 from inverseq.config_loading import load_config
-from inverseq.lora import adapters_off, add_adapters, has_adapters, merged_model
+from inverseq.lora import AdapterlessPair, adapters_off, add_adapters, has_adapters, merged_model, merged_weights
 from inverseq.memory import adapter_parameters, model_size
 from inverseq.model import load_model
 from inverseq.packing import pack_views
@@ -124,6 +124,26 @@ def test_the_adapters_product_is_scaled_by_the_rank_or_its_root(model_path, is_s
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     merged = dict(merged_model(model).named_parameters())["model.layers.0.mlp.up_proj.weight"]
     torch.testing.assert_close(merged, layer.base_layer.weight + scale * product)
+
+
+def test_merging_into_a_16_bit_base_rounds_once(model_path):
+    model = moved_model(model_path, alpha=0.5)  # small beside the weights, most of it lost where it is rounded first
+    for name, weight in model.named_parameters():
+        weight.data = weight.data if "lora_" in name else weight.data.bfloat16()
+    layer = model.model.layers[0].mlp.up_proj
+    base, product = layer.base_layer.weight, layer.get_delta_weight("default")
+    assert base.dtype == torch.bfloat16 and product.dtype == torch.float32
+    merged = dict(merged_weights(model))["model.layers.0.mlp.up_proj.weight"]
+    assert merged.equal((base.float() + product).bfloat16()) and not merged.equal(base + product.bfloat16())
+
+
+def test_what_is_merged_or_frozen_beside_adapters_is_ready_for_use(model_path):
+    model, plain = moved_model(model_path), load_model(model_path, load_config("demo", ["run_dir=-"]).model)
+    assert not merged_model(model.train()).training
+    pair = AdapterlessPair(model, plain.train().requires_grad_(True))
+    assert pair.plain is plain and not plain.training
+    assert not any(weight.requires_grad for weight in plain.parameters())
+    assert any(weight.requires_grad for weight in pair.better.parameters())
 
 
 def test_adapters_of_a_16_bit_model_are_fp32_and_learn(model_path, tmp_path):
