@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from .architecture import check_architecture
@@ -34,6 +34,7 @@ __all__ = [
     "check_finite",
     "check_head",
     "check_heads",
+    "check_loadable",
     "enable_gradient_checkpointing",
     "first_line",
     "frozen_copy",
@@ -68,27 +69,39 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """Load a causal language model with packed attention and without dropout, from safetensors only, to its device.
 
-    Raises ValueError as ``read_model`` does, and for weights that are not finite.
+    Raises ValueError as ``check_loadable`` and ``read_model`` do, and for weights that are not finite.
     """
     device = resolve_device(config)
+    check_loadable(path, config)
     model = read_model(path, config, **placed_as_read(device))
     check_finite(path, model.parameters())
     return model.to(device)
 
 
+def check_loadable(path: str | Path, config: ModelConfig) -> None:
+    """Raise ValueError, before a weight is read, for what ``read_model`` could not make of the model at ``path``.
+
+    That is an architecture that cannot be packed, and ``model.attention`` or ``model.fused_layers`` that cannot be had.
+    """
+    device = resolve_device(config)
+    check_backend(config.attention, device, resolve_dtype(config, device))
+    if config.fused_layers:
+        check_fused_layers(device)
+    try:
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
+    check_architecture(str(path), found, trust_remote_code=config.trust_remote_code)
+
+
 def read_model(path: str | Path, config: ModelConfig, **placement) -> PreTrainedModel:
-    """``load_model`` without a look at the weights' values; ``placement`` are keywords of ``from_pretrained``.
+    """``load_model`` without a look before and at the weights' values; ``placement`` goes to ``from_pretrained``.
 
     Dropout and router jitter are off because targets and policy must be the same function of the weights: with them, a
     policy equal to its target would have a loss. Raises ValueError when the weights cannot be read or are not all
-    there: what is missing would otherwise be made up at random; and, before they are read, for an architecture that
-    cannot be packed and when ``model.attention`` or ``model.fused_layers`` cannot be had.
+    there: what is missing would otherwise be made up at random.
     """
-    device, dtype = resolve_device(config), resolve_dtype(config, resolve_device(config))
-    check_backend(config.attention, device, dtype)
-    if config.fused_layers:
-        check_fused_layers(device)
-    check_architecture(str(path), _load_config(path, config), trust_remote_code=config.trust_remote_code)
+    dtype = resolve_dtype(config, resolve_device(config))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -123,13 +136,6 @@ def first_line(error: Exception) -> str:
     """What an error of transformers says first; the whole in short when its first line only announces the rest."""
     line = str(error).strip().partition("\n")[0].rstrip()
     return textwrap.shorten(str(error), 300, placeholder=" …") if line.endswith(":") else line
-
-
-def _load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
 
 
 def turn_off_noise(model: PreTrainedModel) -> None:

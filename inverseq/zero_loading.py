@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from .config import ModelConfig
 from .distributed import Ranks
 from .integrations.versions import check_version
-from .model import check_finite, read_model, resolve_device, resolve_dtype
+from .model import check_finite, check_loadable, read_model, resolve_device, resolve_dtype
 from .zero_options import zero_config
 
 __all__ = ["check_deepspeed", "load_deepspeed", "load_sharded", "numel_of"]
@@ -74,6 +74,7 @@ def load_sharded(
     )
     model = problem = None
     try:
+        check_loadable(path, config)
         with spread_as_read(options):
             model = read_model(path, config)
     except ValueError as error:
