@@ -176,6 +176,13 @@ def test_backend_choice_is_torch_on_cpu_and_triton_never_falls_back(monkeypatch)
         monkeypatch.undo()
 
 
+def test_a_workspace_is_larger_on_a_gpu_unless_it_is_said():
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, 3, device="cuda")
+    assert backends.resolve_workspace(None, on_gpu) == 2 * backends.resolve_workspace(None, torch.empty(2, 3)) == 2**29
+    assert backends.resolve_workspace(7, on_gpu) == 7
+
+
 def test_choices_on_cuda_say_once_when_slower_or_never_verified(monkeypatch):
     with FakeTensorMode():
         double = torch.empty(2, 3, device="cuda", dtype=torch.float64)

@@ -377,7 +377,7 @@ def test_public_function_reads_sliced_inputs_and_scales_by_the_upstream_gradient
     case = make_case(21, dim, 90, torch.bfloat16)
     hidden = torch.randn(dim, 40).to(torch.bfloat16).t()[3:24].requires_grad_()  # [21, dim], columns contiguous
     weight = case["weight"].repeat(1, 2)[:, ::2].requires_grad_()
-    bias = case["bias"].requires_grad_()
+    bias = case["bias"].repeat_interleave(2)[::2].requires_grad_()
     mask = case["row_weights"]
     inputs, results = (hidden, weight, bias), {}
     for backend in ("triton", "torch"):
