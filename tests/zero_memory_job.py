@@ -58,7 +58,7 @@ def visible() -> dict[int, int]:
     """Bytes of the storages of all tensors that Python knows and that have memory."""
     gc.collect()
     tensors = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
-    tensors = [tensor for tensor in tensors if not tensor.is_meta]
+    tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.layout == torch.strided]
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
