@@ -125,7 +125,7 @@ def test_attention_of_each_sequence_to_itself_decodes_what_the_model_would(famil
     with torch.no_grad():
         model.lm_head.weight *= 1e4  # so peaked that sampling is greedy decoding
     rng = np.random.default_rng(0)
-    lengths = (300, 1, 7, 40, 3)
+    lengths = (300, 1, 7, 40, 3, 25, 90, 60, 33, 50)  # the first word after each long one depends on its window
     prompts = [make_prompt(f"p{n}", rng.integers(2, NUM_WORDS, n)) for n in lengths]
     with Counted(model) as counted:
         samples = sample_responses(make(model, max_new_tokens=20, batch_size=3), prompts, seed=0)
